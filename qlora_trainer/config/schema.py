@@ -1,0 +1,141 @@
+"""Every key a recipe or a command line may set, with its type and default.
+
+Structured configs for Hydra: composing a recipe onto `RunConfig` checks names and types; what
+depends on more than one key is in `checks.py`. Keys carry the names that transformers, peft and
+bitsandbytes use for the same thing. Sizes are bytes or tokens as stated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+
+@dataclass
+class ModelConfig:
+    model_name_or_path: Optional[str] = None  # hub name, folder, or `builtin:smollm2-135m-instruct`
+    revision: Optional[str] = None
+    dtype: str = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
+    attn_implementation: str = "auto"  # auto | sdpa | eager | flash_attention_2
+    kernels: str = "auto"  # auto | reference
+    device: str = "auto"  # auto | cpu | cuda
+    trust_remote_code: bool = False
+
+
+@dataclass
+class QuantizationConfig:
+    method: str = "nf4"  # nf4 | fp4 | int8 | gptq | awq | none
+    bnb_4bit_use_double_quant: bool = True
+    bnb_4bit_compute_dtype: str = "auto"  # auto: model.dtype
+
+
+@dataclass
+class LoraConfig:
+    r: int = 64
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    target_modules: Any = "all-linear"  # or a list of module name suffixes
+    modules_to_save: Optional[list[str]] = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: Any = True  # true | gaussian | …, as PEFT
+    dtype: str = "bfloat16"  # of the adapter in the forward pass; masters are always float32
+
+
+@dataclass
+class DataConfig:
+    path: Any = None  # file, folder, hub name, `builtin:restaurant`, or a list of sources
+    name: Optional[str] = None
+    split: str = "train"
+    revision: Optional[str] = None
+    format: str = "auto"  # auto | alpaca | messages | …
+    columns: Optional[dict[str, str]] = None  # ours -> the file's
+    template: Optional[str] = None  # null: the tokenizer's own; a name; or a jinja file
+    eval_path: Optional[str] = None
+    eval_fraction: float = 0.0
+    max_rows: Optional[int] = None
+    train_on_inputs: bool = False
+    on_bad_row: str = "error"  # error | skip
+    overlong: str = "truncate_right"  # drop | truncate_left | truncate_right | split | error
+    cache_dir: Optional[str] = None
+    num_workers: int = 0
+
+
+@dataclass
+class TrainConfig:
+    per_device_train_batch_size: int = 1
+    gradient_accumulation_steps: int = 16
+    learning_rate: float = 2e-4
+    lr_scheduler_type: str = "constant"  # constant | linear | cosine
+    warmup_ratio: float = 0.03
+    max_grad_norm: float = 0.3
+    num_train_epochs: float = 1.0
+    max_steps: int = -1  # overrides epochs when positive
+    max_length: int = 512  # tokens
+    packing: bool = False
+    group_by_length: bool = False
+    activations: str = "auto"  # auto | none | full (recompute every layer)
+    deterministic: bool = False
+    logging_steps: int = 1
+
+
+@dataclass
+class OptimConfig:
+    name: str = "paged_adamw_32bit"  # paged_adamw_32bit | paged_adamw_8bit | adamw
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    weight_decay: float = 0.0
+
+
+@dataclass
+class CheckpointConfig:
+    save_steps: int = 200
+    save_total_limit: int = 2
+    resume_from_checkpoint: str = "auto"  # auto | never | a checkpoint folder
+
+
+@dataclass
+class TrackConfig:
+    report_to: list[str] = field(default_factory=list)  # wandb
+    project: str = "qlora_trainer"
+
+
+@dataclass
+class EvaluateConfig:
+    enabled: bool = True
+    eval_steps: int = 0  # 0: only at the end
+    max_rows: Optional[int] = None
+    task: str = "none"  # none | exact_match
+    max_new_tokens: int = 128
+    examples: int = 5
+
+
+@dataclass
+class ExportConfig:
+    format: list[str] = field(default_factory=lambda: ["adapter"])
+    merge_base: str = "trained"  # trained | original
+
+
+@dataclass
+class PlanConfig:
+    gpu: Optional[str] = None  # "24GiB", or the name of a card; null: this machine's
+
+
+@dataclass
+class RunConfig:
+    recipe: Optional[str] = None
+    output_dir: Optional[str] = None  # null: outputs/<recipe>
+    seed: int = 42
+    run: Optional[str] = None  # evaluate, chat, export, verify: the folder of a finished run
+    model: ModelConfig = field(default_factory=ModelConfig)
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
