@@ -1,0 +1,96 @@
+"""The reference path: unmodified transformers, PEFT and bitsandbytes modules give a batch its loss.
+
+In: a model and a `Batch`. Out: one float32 scalar, the *sum* over supervised tokens of weight times
+cross-entropy; the loop divides by the weight of the whole optimizer step. The LM head runs on
+supervised positions only.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qlora_trainer.data.batch import IGNORE, Batch
+from qlora_trainer.errors import ConfigError
+
+
+class ReferenceForward:
+    """Callable `batch -> loss sum`, differentiable in the adapter's parameters.
+
+    Attention between packed documents is isolated in one of two ways, whichever the architecture
+    honours: most of transformers sees restarting `position_ids` and masks (every attention kernel
+    and sliding window included); the rest takes an explicit block-diagonal mask.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._explicit_mask: bool | None = None  # not known before the first packed batch
+
+    def __call__(self, batch: Batch) -> Tensor:
+        targets = batch.labels[:, 1:]
+        # Position t predicts t+1. Rows share one index, so that any architecture's own
+        # `logits_to_keep` serves, soft-caps and scaled logits included.
+        keep = (targets != IGNORE).any(dim=0).nonzero().squeeze(1)
+        if keep.numel() == 0:
+            return torch.zeros((), device=batch.input_ids.device, requires_grad=True)
+        logits = self.logits(batch, keep)
+        losses = F.cross_entropy(
+            logits.float().flatten(0, 1),
+            targets[:, keep].flatten(),
+            reduction="none",
+            ignore_index=IGNORE,
+        )
+        return (losses * batch.loss_weights[:, 1:][:, keep].flatten()).sum()
+
+    def logits(self, batch: Batch, keep: Tensor) -> Tensor:
+        """Logits [B, len(keep), V] at the positions `keep` (int64 [n])."""
+        inputs: dict[str, Tensor] = {"input_ids": batch.input_ids}
+        if batch.packed:
+            inputs |= self._isolation(batch)
+        return self.model(**inputs, logits_to_keep=keep, use_cache=False).logits
+
+    def _isolation(self, batch: Batch) -> dict[str, Tensor]:
+        if self._explicit_mask is None:
+            self._explicit_mask = self._find_isolation(batch)
+        inputs = {"position_ids": batch.position_ids}
+        if self._explicit_mask:
+            inputs["attention_mask"] = document_mask(batch.document_ids)
+        return inputs
+
+    @torch.no_grad()
+    def _find_isolation(self, batch: Batch) -> bool:
+        """Tries both ways on two short documents: the second must not notice the first's tokens."""
+        device, training = batch.input_ids.device, self.model.training
+        documents = torch.tensor([[0] * 4 + [1] * 4], dtype=torch.int32, device=device)
+        positions = torch.tensor([[*range(4), *range(4)]], device=device)
+        second = batch.input_ids[:1, :4]
+        self.model.eval()
+        try:
+            for explicit in (False, True):
+                inputs = {"position_ids": positions}
+                if explicit:
+                    inputs["attention_mask"] = document_mask(documents)
+                first, other = (
+                    self.model(
+                        input_ids=torch.cat((head, second), dim=1), use_cache=False, **inputs
+                    ).logits[:, 4:]
+                    for head in (second, (second + 1) % 3)
+                )
+                if torch.equal(first, other):
+                    return explicit
+        finally:
+            self.model.train(training)
+        raise ConfigError(
+            f"train.packing=true: {type(self.model).__name__} lets packed documents see each other; "
+            "set train.packing=false (train.group_by_length=true keeps padding low)"
+        )
+
+
+def document_mask(document_ids: Tensor) -> Tensor:
+    """bool [B, 1, T, T], true where query i may see key j: j <= i, same document.
+
+    Padding (-1) forms a document of its own, so no row of the mask is empty.
+    """
+    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+    return same & torch.ones(same.shape[-2:], dtype=torch.bool, device=same.device).tril()

@@ -1,0 +1,69 @@
+"""Low-rank adapters on a frozen base, by PEFT (Hu et al. 2021; rank-stabilised and weight-decomposed too).
+
+The adapter's parameters are PEFT's own; only their dtype is ours: values are drawn in float32 from
+the run's seed and rounded to the dtype of the forward pass. The optimizer keeps float32 masters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import peft
+import torch
+from transformers import PreTrainedModel
+
+from qlora_trainer.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """As in `peft.LoraConfig`; `dtype` is that of A and B in the forward pass."""
+
+    r: int = 64
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    target_modules: str | Sequence[str] = "all-linear"
+    modules_to_save: Sequence[str] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
+    dtype: torch.dtype = torch.bfloat16
+
+
+def attach(model: PreTrainedModel, options: LoraOptions, seed: int) -> peft.PeftModel:
+    """Puts adapters on `model`; B starts at zero, so the first loss is the base's.
+
+    Raises:
+        ConfigError: a target or a module to save is not in the model.
+    """
+    targets = options.target_modules
+    config = peft.LoraConfig(
+        task_type=peft.TaskType.CAUSAL_LM,
+        r=options.r,
+        lora_alpha=options.lora_alpha,  # type: ignore[arg-type]  # PEFT's hint says int, its arithmetic is float
+        lora_dropout=options.lora_dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        modules_to_save=list(options.modules_to_save) if options.modules_to_save else None,
+        use_rslora=options.use_rslora,
+        use_dora=options.use_dora,
+        init_lora_weights=options.init_lora_weights,  # type: ignore[arg-type]
+        bias="none",
+    )
+    names = {name for name, _ in model.named_modules()}
+    for wanted in options.modules_to_save or ():
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+            raise ConfigError(f"lora.modules_to_save: the model has no module named {wanted!r}")
+    torch.manual_seed(seed)
+    try:
+        adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    except ValueError as error:
+        linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if "Linear" in type(m).__name__})
+        raise ConfigError(
+            f"lora.target_modules={targets!r} does not fit this model, whose linear layers are "
+            f"{', '.join(linear)}: {str(error).splitlines()[0]}"
+        ) from error
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad and "modules_to_save" not in name:
+            parameter.data = parameter.data.to(options.dtype)
+    return adapted

@@ -1,0 +1,90 @@
+"""Where a model's files are: `builtin:…`, a folder, or the hub. Resolved before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from qlora_trainer.errors import MissingInputError
+
+BUILTIN = "builtin:"
+
+
+def resolve(name_or_path: str, revision: str | None = None) -> str:
+    """Returns what transformers' `from_pretrained` takes: a folder, or a hub name that is reachable.
+
+    Raises:
+        MissingInputError: the folder does not exist or is not a model; the hub has no such model
+            or cannot be reached and the model is not in the local cache.
+    """
+    if name_or_path.startswith(BUILTIN):
+        from qlora_trainer.model import builtin
+
+        return str(builtin.resolve(name_or_path))
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise MissingInputError(
+                f"model.model_name_or_path: {folder} is not a model folder (no config.json in it)"
+            )
+        return str(folder)
+    # A hub name is `name` or `owner/name`; anything else that is not there was meant as a path.
+    if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1 or folder.exists():
+        raise MissingInputError(f"model.model_name_or_path: no model folder at {folder}")
+    _hub_file(name_or_path, "config.json", revision)
+    return name_or_path
+
+
+def read_config(name_or_path: str, revision: str | None = None) -> dict:
+    """The model's `config.json` as a dict, without loading anything else.
+
+    Raises:
+        MissingInputError: as `resolve`; or the file is not JSON.
+    """
+    source = resolve(name_or_path, revision)
+    path = Path(source) / "config.json"
+    if not path.is_file():
+        path = Path(_hub_file(source, "config.json", revision))
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise MissingInputError(f"model.model_name_or_path: {path} is not JSON: {error}") from error
+
+
+def _hub_file(name: str, filename: str, revision: str | None) -> str:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    where = f"model.model_name_or_path: {name}"
+    try:
+        return hf_hub_download(name, filename, revision=revision)
+    except GatedRepoError as error:
+        raise MissingInputError(f"{where} is gated: accept its terms on the hub and set HF_TOKEN") from error
+    except RevisionNotFoundError as error:
+        raise MissingInputError(f"{where} has no revision {revision}: check model.revision") from error
+    except RepositoryNotFoundError as error:
+        raise MissingInputError(
+            f"{where}: no folder of that name here and no such model on the hub (or it is private: set HF_TOKEN)"
+        ) from error
+    except HFValidationError as error:
+        raise MissingInputError(f"{where} is neither a folder that exists nor a valid hub name") from error
+    except LocalEntryNotFoundError as error:  # an EntryNotFoundError too: the hub did not answer
+        raise MissingInputError(
+            f"{where}: no folder of that name here, not in the hub cache, and the hub cannot be reached: "
+            "connect once to download it, or set model.model_name_or_path=/a/folder"
+        ) from error
+    except EntryNotFoundError as error:
+        raise MissingInputError(f"{where} on the hub is not a model (no {filename})") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise MissingInputError(
+            f"{where}: the hub cannot be reached ({type(error).__name__}): "
+            "try again, or set model.model_name_or_path=/a/folder"
+        ) from error
