@@ -1,0 +1,5 @@
+"""The training room: the loop, the processes it runs in, and what can go wrong while it runs.
+
+`loop` is the only caller of backward; `readback` brings numbers to the host without stopping the
+device; `distributed` sums over ranks; `signals` and `health` end a run the right way.
+"""
