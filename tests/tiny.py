@@ -21,7 +21,7 @@ COMMON = dict(
     vocab_size=263,
     pad_token_id=0,
     bos_token_id=1,
-    eos_token_id=2,
+    eos_token_id=5,
     max_position_embeddings=256,
 )
 GATED = dict(COMMON, intermediate_size=96, num_key_value_heads=2)

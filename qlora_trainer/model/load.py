@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from transformers import (
     AutoConfig,
@@ -129,6 +130,11 @@ def load_base(options: BaseOptions, device: torch.device) -> PreTrainedModel:
         ) from error
     model.config.use_cache = False  # a key-value cache is of no use in training; generation sets its own
     model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            # On CPUs with AVX512-BF16 the first evaluation would repack the weight in place and round its
+            # constants to bfloat16: what is evaluated, and trained from then on, would be another base.
+            module.support_avx512bf16_for_cpu = False
     return model
 
 

@@ -1,0 +1,59 @@
+"""The reference forward: the loss sum it promises, on every architecture, packed or not."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qlora_trainer.model.forward import ReferenceForward, document_mask
+from tests import tiny
+from tests.batches import collate, documents
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_packed_loss_and_gradient_equal_documents_alone(architecture):
+    model = tiny.model(architecture).double()
+    forward = ReferenceForward(model)
+    docs = documents([5, 7, 3, 9, 1, 2])
+    packed = forward(collate([docs[:2], docs[2:]], supervised_from=1))
+    packed.backward()
+    together = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    alone = sum(forward(collate([[document]])) for document in docs if len(document) > 1)
+    alone.backward()
+    assert packed.item() == pytest.approx(alone.item(), rel=1e-6)
+    assert together, "no gradient reached the model"
+    for name, parameter in model.named_parameters():
+        if name in together:
+            torch.testing.assert_close(together[name], parameter.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_loss_sum_is_plain_cross_entropy_of_the_labels():
+    model = tiny.model()
+    batch = collate([[d] for d in documents([6, 9, 4])], supervised_from=3)
+    logits = model(input_ids=batch.input_ids).logits[:, :-1].float()
+    expected = F.cross_entropy(
+        logits.flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+    )
+    assert ReferenceForward(model)(batch).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_loss_weights_scale_their_token_only():
+    model = tiny.model()
+    batch = collate([documents([8])[0:1]])
+    base = ReferenceForward(model)(batch).item()
+    batch.loss_weights[0, 5] = 3.0
+    logits = model(input_ids=batch.input_ids).logits[0, 4]
+    token_loss = F.cross_entropy(logits[None], batch.labels[0, 5:6]).item()
+    assert ReferenceForward(model)(batch).item() == pytest.approx(base + 2 * token_loss, rel=1e-5)
+
+
+def test_nothing_supervised_is_zero_and_differentiable():
+    loss = ReferenceForward(tiny.model())(collate([documents([4])[0:1]], supervised_from=4))
+    loss.backward()
+    assert loss.item() == 0
+
+
+def test_document_mask_is_causal_and_block_diagonal():
+    mask = document_mask(torch.tensor([[0, 0, 1, -1]]))[0, 0]
+    expected = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=torch.bool)
+    assert torch.equal(mask, expected)

@@ -1,0 +1,112 @@
+"""The base as loaded: quantized where it should be, NF4 as published, nothing trainable."""
+
+from statistics import NormalDist
+
+import bitsandbytes as bnb
+import pytest
+import torch
+
+from qlora_trainer.errors import ConfigError, MissingInputError
+from qlora_trainer.model.load import BaseOptions, load_base, load_tokenizer, pick_device
+from tests import tiny
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(tiny.save(tmp_path_factory.mktemp("llama")))
+
+
+@pytest.mark.parametrize(
+    ("method", "layer"),
+    [
+        ("nf4", bnb.nn.Linear4bit),
+        ("fp4", bnb.nn.Linear4bit),
+        ("int8", bnb.nn.Linear8bitLt),
+        ("none", torch.nn.Linear),
+    ],
+)
+def test_linear_layers_are_quantized_and_head_and_embeddings_are_not(folder, method, layer):
+    model = load_base(BaseOptions(folder, method=method), CPU)
+    assert type(model.model.layers[0].mlp.down_proj) is layer
+    assert type(model.lm_head) is torch.nn.Linear
+    assert model.model.embed_tokens.weight.dtype == torch.float32
+    assert not any(p.requires_grad for p in model.parameters())
+    assert model(input_ids=torch.tensor([[3, 4, 5]])).logits.isfinite().all()
+
+
+def test_evaluating_leaves_the_quantized_base_bit_unchanged(folder):
+    model = load_base(BaseOptions(folder), CPU)
+    layer = model.model.layers[0].mlp.up_proj
+    before = layer.weight.data.clone(), layer.weight.quant_state.absmax.clone()
+    with torch.no_grad():
+        model.eval()(input_ids=torch.tensor([[3, 4, 5]]))
+    assert torch.equal(layer.weight.data, before[0])
+    assert torch.equal(layer.weight.quant_state.absmax, before[1])
+
+
+def published_nf4() -> torch.Tensor:
+    """The 16 levels by the paper's construction (QLoRA, appendix E): quantiles of N(0, 1), an exact zero."""
+    offset = 0.5 * ((1 - 1 / 30) + (1 - 1 / 32))
+    quantile = NormalDist().inv_cdf
+    positive = [quantile(offset + (0.5 - offset) * i / 8) for i in range(8)]
+    negative = [-quantile(offset + (0.5 - offset) * i / 7) for i in range(7)]
+    levels = torch.tensor(sorted([*positive, *negative, 0.0]))
+    return (levels / levels.max()).float()
+
+
+def test_nf4_round_trip_hits_the_published_code_book():
+    codes = published_nf4()
+    absmax = torch.rand(40) + 0.5
+    weight = codes[torch.randint(16, (40, 64))]
+    weight[:, 0] = 1.0  # so that a block's absmax is its scale
+    weight = (weight * absmax[:, None]).contiguous()
+    packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", blocksize=64)
+    restored = bnb.functional.dequantize_4bit(packed, state)
+    torch.testing.assert_close(restored, weight, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(("double_quant", "expected"), [(False, 0.5), (True, 0.127)])
+def test_quantization_constants_cost_what_the_paper_says(tmp_path, double_quant, expected):
+    folder = str(tiny.save(tmp_path, hidden_size=512, intermediate_size=2048, num_hidden_layers=1))
+    model = load_base(BaseOptions(folder, double_quant=double_quant), CPU)
+    bits = parameters = 0
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            state = module.weight.quant_state
+            parameters += state.shape.numel()
+            assert module.weight.numel() == state.shape.numel() // 2
+            bits += 8 * state.absmax.numel() * state.absmax.element_size()
+            if state.nested:
+                bits += 8 * state.state2.absmax.numel() * state.state2.absmax.element_size()
+    assert parameters > 3_000_000
+    assert bits / parameters == pytest.approx(expected, abs=0.001)
+
+
+def test_a_checkpoint_stored_in_nf4_loads_as_it_is_and_refuses_another_method(folder, tmp_path):
+    model = load_base(BaseOptions(folder, method="nf4"), CPU)
+    model.save_pretrained(tmp_path)
+    again = load_base(BaseOptions(str(tmp_path), method="nf4"), CPU)
+    ids = torch.tensor([[3, 4, 5]])
+    assert torch.equal(model(input_ids=ids).logits, again(input_ids=ids).logits)
+    with pytest.raises(ConfigError, match="already stored as nf4"):
+        load_base(BaseOptions(str(tmp_path), method="int8"), CPU)
+
+
+def test_what_is_not_a_model_says_so(tmp_path):
+    with pytest.raises(MissingInputError, match=r"no config\.json"):
+        load_base(BaseOptions(str(tmp_path)), CPU)
+    with pytest.raises(MissingInputError, match="no model folder"):
+        load_base(BaseOptions(str(tmp_path / "nowhere")), CPU)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(MissingInputError, match="no model can be read"):
+        load_base(BaseOptions(str(tmp_path)), CPU)
+    with pytest.raises(MissingInputError, match="no tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for CUDA where there is none")
+def test_cuda_asked_and_absent():
+    with pytest.raises(ConfigError, match="no CUDA GPU"):
+        pick_device("cuda")
