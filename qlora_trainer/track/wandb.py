@@ -1,0 +1,61 @@
+"""Weights & Biases, when asked (`track.report_to=[wandb]`). It may be offline, slow or gone: training
+neither waits for it nor ends with it, and `metrics.jsonl` has everything it would have had.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from pathlib import Path
+from typing import Any
+
+from qlora_trainer.errors import ConfigError
+from qlora_trainer.track.console import console
+
+INIT_SECONDS = 20
+
+
+class WandbTracker:
+    """Hands records to W&B from a thread of its own.
+
+    The run's id is the run folder's, so a resumed run goes on in the same place. `WANDB_MODE=offline`
+    and the other variables of W&B keep their meaning.
+    """
+
+    def __init__(self, project: str, folder: Path, config: dict[str, Any], run_id: str) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError("track.report_to=[wandb] needs `pip install wandb`") from error
+        self._wandb = wandb
+        self._records: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._options = {
+            "project": project,
+            "dir": str(folder),
+            "config": config,
+            "id": run_id,
+            "resume": "allow",
+            "settings": wandb.Settings(init_timeout=INIT_SECONDS, silent=True, disable_git=True, save_code=False),
+        }
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
+
+    def log(self, record: dict[str, Any]) -> None:
+        self._records.put(record)
+
+    def close(self) -> None:
+        self._records.put(None)
+        self._thread.join(timeout=INIT_SECONDS + 10)
+        if self._thread.is_alive():
+            console.print("[yellow]wandb did not finish in time; metrics.jsonl has every step")
+
+    def _work(self) -> None:
+        try:
+            run = self._wandb.init(**self._options)
+            while (record := self._records.get()) is not None:
+                record = dict(record)
+                run.log(record, step=record.pop("step"))
+            run.finish()
+        except (self._wandb.Error, OSError, TimeoutError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            console.print(f"[yellow]wandb stopped ({reason}); training goes on, metrics.jsonl has every step")
