@@ -81,7 +81,9 @@ class TrainConfig:
 
 @dataclass
 class OptimConfig:
-    name: str = "paged_adamw_32bit"  # paged_adamw_32bit | paged_adamw_8bit | adamw
+    name: str = "paged_adamw_32bit"  # paged_adamw_32bit | paged_adamw_8bit | adamw | adamw_8bit |
+    # bnb_paged_adamw_32bit (bitsandbytes' own, in managed memory, for comparison)
+    resident_gib: Optional[float] = None  # paged state that may stay on the GPU; null: the plan's choice
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
