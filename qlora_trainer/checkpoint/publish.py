@@ -18,6 +18,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +33,7 @@ from qlora_trainer.checkpoint import format
 from qlora_trainer.errors import CheckpointError
 
 _TEMPORARY = ".tmp-"
+_number = itertools.count()
 _ASIDE = ".old-"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 _CANNOT_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
@@ -44,7 +46,8 @@ def atomic_write(path: Path, data: bytes, *, durable: bool = True) -> None:
     Args:
         durable: survive a power cut too (fsync). A heartbeat such as status.json can do without.
     """
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}")
+    # Numbered, because a signal handler or another thread may be writing the same file meanwhile.
+    temporary = path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}-{next(_number)}")
     with _disk_errors(path, len(data)):
         try:
             with temporary.open("wb") as file:
@@ -109,8 +112,9 @@ def checkpoints(root: Path) -> list[Path]:
     """The checkpoint folders below `root`, oldest step first; not yet verified."""
     if not root.is_dir():
         return []
-    found = [(format.step_of(path), path) for path in root.iterdir() if path.is_dir() and not path.is_symlink()]
-    return [path for _, path in sorted((step, path) for step, path in found if step is not None)]
+    folders = [path for path in root.iterdir() if path.is_dir() and not path.is_symlink()]
+    steps = [(step, path) for path in folders if (step := format.step_of(path)) is not None]
+    return [path for _, path in sorted(steps)]
 
 
 def retain(root: Path, limit: int, best_step: int | None = None) -> list[Path]:
@@ -195,8 +199,9 @@ def lock(run: Path) -> IO[bytes]:
         except OSError as error:
             if error.errno in {errno.EACCES, errno.EAGAIN}:
                 file.close()
-                message = f"another process is at work in {run}: wait for it, stop it, or choose another output_dir"
-                raise CheckpointError(message) from None
+                raise CheckpointError(
+                    f"another process is at work in {run}: wait for it, stop it, or choose another output_dir"
+                ) from None
             if error.errno not in _CANNOT_LOCK:
                 raise
         clean(run)

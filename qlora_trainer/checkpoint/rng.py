@@ -1,8 +1,8 @@
 """States of every random number generator a step may draw from, as tensors.
 
-Python's `random`, numpy's legacy global generator, torch on the CPU and on every visible CUDA
-device. All sizes are fixed, so that ranks can gather each other's states as equal byte strings
-(`to_bytes`), and all are exact: integers as they are, the cached Gaussians as float64 bits.
+Python's `random`, numpy's legacy global generator, torch on the CPU and on the current CUDA device
+(a rank computes on one). All sizes are fixed, so that ranks can gather each other's states as equal
+byte strings (`to_bytes`), and all are exact: integers as they are, cached Gaussians as float64 bits.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ def capture() -> dict[str, Tensor]:
         "numpy.gauss": torch.tensor([has_gauss, cached], dtype=torch.float64),
         "torch.cpu": torch.get_rng_state(),
     }
-    for device in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
-        states[f"torch.cuda.{device}"] = torch.cuda.get_rng_state(device)
+    if torch.cuda.is_initialized():
+        states["torch.cuda"] = torch.cuda.get_rng_state()
     return states
 
 
 def restore(states: Mapping[str, Tensor]) -> None:
     """Makes this process draw on as the one did that captured `states`.
 
-    States of CUDA devices that this process does not see are left out: a run that moved to
-    another machine shape is refused before (`resume.check_same_run`), or allowed by its user.
+    A CUDA state is left out where there is no CUDA: a run that moved to another kind of machine is
+    refused before (`resume.check_same_run`), or its user has allowed it.
     """
     flag, value = states["python.gauss"].tolist()
     random.setstate((3, tuple(states["python.words"].tolist()), value if flag else None))
@@ -48,9 +48,8 @@ def restore(states: Mapping[str, Tensor]) -> None:
     words = states["numpy.words"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", words, int(states["numpy.position"]), int(has_gauss), cached))
     torch.set_rng_state(states["torch.cpu"])
-    for device in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        if (state := states.get(f"torch.cuda.{device}")) is not None:
-            torch.cuda.set_rng_state(state, device)
+    if "torch.cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["torch.cuda"])
 
 
 def to_bytes(states: Mapping[str, Tensor]) -> Tensor:

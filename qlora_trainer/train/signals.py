@@ -1,0 +1,200 @@
+"""What a run does when it is told to stop, and what `status.json` says meanwhile.
+
+SIGTERM, SIGUSR1 (what Slurm sends ahead of a time limit) and SIGINT mean: save at the next step
+boundary, exit 75, the same command goes on. Where there is nothing to save yet or any more (loading,
+tokenizing, exporting: *interruptible* phases) the run leaves at once. A second signal ends the
+process on the spot; everything on the disk is published atomically, so nothing is torn.
+
+The handler runs only when the main thread runs Python. A watching thread, woken by the C-level
+handler through a pipe, therefore ends the process itself on a second signal, and when an
+interruptible phase has not let go for `GRACE` seconds (a barrier whose peer is gone, a tokenizer's
+long call, a library that swallowed the exception).
+
+In: signals, and the names of the phases. Out: `requested()` for the loop, `PreemptedError`
+(exit 75), and `status.json`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from qlora_trainer.checkpoint.format import to_json
+from qlora_trainer.checkpoint.publish import atomic_write
+from qlora_trainer.errors import CheckpointError, PreemptedError
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+GRACE = 10.0  # seconds an interruptible phase gets to let go
+ONE_REQUEST = 1.0  # seconds: a job's scheduler and its launcher both pass the same request on
+TICK = 1.0  # seconds between two writings of status.json by the loop
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_LAUNCHERS = ("ACCELERATE_", "TORCHELASTIC_")  # prefixes of the variables they set for their children
+
+
+class Status:
+    """`status.json`: what the run is doing, replaced atomically; nothing on ranks without a path.
+
+    Keys: `state` (running, stopping, stopped, done, failed), `phase`, `step`, `total_steps`,
+    `signal`, `exit_code`, `message`, `pid`, and `updated` (UTC). Not fsynced: it is for the living.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._fields: dict[str, Any] = {"state": "running", "pid": os.getpid()}
+        self._written = 0.0
+
+    def update(self, **fields: Any) -> None:
+        """Sets fields and writes the file."""
+        self._fields |= fields
+        self._fields["updated"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self._written = time.monotonic()
+        if self._path is not None:
+            atomic_write(self._path, to_json(self._fields), durable=False)
+
+    def tick(self, **fields: Any) -> None:
+        """`update`, at most once in `TICK` seconds: for every step of the loop."""
+        if time.monotonic() - self._written >= TICK:
+            self.update(**fields)
+        else:
+            self._fields |= fields
+
+    def finish(self, exit_code: int, message: str = "") -> None:
+        """The last word of a run; a disk that refuses it must not hide why the run ended."""
+        state = {0: "done", PreemptedError.exit_code: "stopped"}.get(exit_code, "failed")
+        with contextlib.suppress(CheckpointError):
+            self.update(state=state, exit_code=exit_code, message=message)
+
+
+class StopSignals:
+    """Handles the stop signals while it is entered; for the main thread, once a process."""
+
+    def __init__(self, status: Status) -> None:
+        self._status = status
+        self._phase = "starting"
+        self._interruptible = True
+        self._signal: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def requested(self) -> bool:
+        """Whether a signal has asked this process to stop."""
+        return self._signal is not None
+
+    @contextmanager
+    def phase(self, name: str, *, interruptible: bool = False) -> Iterator[None]:
+        """Names what happens inside, and says whether a signal may end it anywhere.
+
+        Raises:
+            PreemptedError: on entry to, or anywhere in, an interruptible phase.
+        """
+        outer = (self._phase, self._interruptible)
+        self._enter(name, interruptible)
+        try:
+            yield
+        finally:
+            self._phase, self._interruptible = outer
+        self._enter(*outer)
+
+    def _enter(self, name: str, interruptible: bool) -> None:
+        self._phase, self._interruptible = name, interruptible
+        self._status.update(phase=name)
+        if self.requested() and interruptible:
+            raise self._preempted()
+
+    def _preempted(self) -> PreemptedError:
+        assert self._signal is not None
+        name = signal.Signals(self._signal).name
+        return PreemptedError(f"stopped on {name} while {self._phase}: run the same command to go on")
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested():
+            return  # the watching thread decides whether this is a second request
+        self._signal = number
+        with contextlib.suppress(CheckpointError):
+            self._status.update(state="stopping", signal=signal.Signals(number).name)
+        if self._interruptible:
+            raise self._preempted()
+
+    def __enter__(self) -> StopSignals:
+        self._pipe = os.pipe()
+        os.set_blocking(self._pipe[1], False)
+        self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        self._previous_fd = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=self._forget)
+        threading.Thread(target=self._watch, args=(self._pipe[0],), name="stop-signals", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.set_wakeup_fd(self._previous_fd)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+        os.close(self._pipe[1])  # ends the watching thread
+
+    def _watch(self, pipe: int) -> None:
+        """Reads the number of each arriving signal; ends the process where the main thread cannot."""
+        first: float | None = None
+        while numbers := os.read(pipe, 64):
+            if not any(number in STOP_SIGNALS for number in numbers):
+                continue
+            now = time.monotonic()
+            if first is None:
+                first = now
+                threading.Timer(GRACE, self._lost_patience).start()
+            elif now - first >= ONE_REQUEST:
+                os._exit(PreemptedError.exit_code)
+        os.close(pipe)
+
+    def _lost_patience(self) -> None:
+        if self._previous and self._interruptible:
+            message = f"stopped while {self._phase}, which did not let go"
+            self._status.finish(PreemptedError.exit_code, message)
+            os._exit(PreemptedError.exit_code)
+
+    def _forget(self) -> None:
+        """In a forked child: its signals are not ours, and must not reach our pipe."""
+        if self._previous:
+            signal.set_wakeup_fd(-1)
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+            self._previous = {}
+
+
+def follow_launcher() -> None:
+    """Asks for a SIGTERM when the launcher dies, so that no rank is left behind as an orphan.
+
+    Only under accelerate or torchrun: a run started from a shell must survive its shell (`nohup`).
+    `accelerate launch` with one process does not pass SIGTERM on, it just dies.
+    """
+    if any(name.startswith(_LAUNCHERS) for name in os.environ):
+        _die_with_parent(signal.SIGTERM)
+
+
+def shield_worker() -> None:
+    """For a data worker, first thing in its process: dies with the trainer, not of its signals.
+
+    A scheduler signals the whole job; the trainer still needs its workers to reach the boundary.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    _die_with_parent(signal.SIGKILL)
+
+
+def _die_with_parent(number: int) -> None:
+    parent = os.getppid()
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:  # it died in between, and the kernel will not say so any more
+        os.kill(os.getpid(), number)
