@@ -64,6 +64,14 @@ class Ranks:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._control)
         return int(tensor.item())
 
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """`tensor` (CPU, same shape everywhere) of every rank, in rank order, on every rank."""
+        if self._control is None:
+            return [tensor]
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor, group=self._control)
+        return parts
+
     def wait(self) -> None:
         """Returns when every rank has come here."""
         if self._control is not None:

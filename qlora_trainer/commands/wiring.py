@@ -1,0 +1,91 @@
+"""From configuration keys to the rooms' own options: the one place that knows both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.model.load import DTYPES, BaseOptions, pick_dtype
+from qlora_trainer.model.lora import LoraOptions
+
+
+def base_options(config: RunConfig, device: torch.device) -> BaseOptions:
+    """How to load the base; `auto` values are settled for `device`."""
+    model, quantization = config.model, config.quantization
+    assert model.model_name_or_path is not None, "checked with the configuration"
+    dtype = pick_dtype(model.dtype, device)
+    compute = dtype
+    if quantization.method in ("nf4", "fp4") and quantization.bnb_4bit_compute_dtype != "auto":
+        compute = DTYPES[quantization.bnb_4bit_compute_dtype]
+    return BaseOptions(
+        name_or_path=model.model_name_or_path,
+        revision=model.revision,
+        method=quantization.method,
+        double_quant=quantization.method in ("nf4", "fp4") and quantization.bnb_4bit_use_double_quant,
+        dtype=dtype,
+        compute_dtype=compute,
+        attn_implementation=None if model.attn_implementation == "auto" else model.attn_implementation,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def lora_options(config: RunConfig) -> LoraOptions:
+    lora = config.lora
+    return LoraOptions(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=lora.target_modules,
+        modules_to_save=lora.modules_to_save,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        init_lora_weights=lora.init_lora_weights,
+        dtype=DTYPES[lora.dtype],
+    )
+
+
+def identity(config: RunConfig, base: BaseOptions, base_print: str, data_print: str, world_size: int) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be this run's: flat field -> plain value.
+
+    Length of the run, saving, evaluating and tracking may change between two starts; anything that
+    a step's arithmetic depends on may not.
+    """
+    train, lora, optim = config.train, config.lora, config.optim
+    return {
+        "seed": config.seed,
+        "world_size": world_size,
+        "model.base": base_print,
+        "model.dtype": str(base.dtype).removeprefix("torch."),
+        "quantization.method": base.method,
+        "quantization.bnb_4bit_use_double_quant": base.double_quant,
+        "quantization.bnb_4bit_compute_dtype": str(base.compute_dtype).removeprefix("torch."),
+        "lora.r": lora.r,
+        "lora.lora_alpha": lora.lora_alpha,
+        "lora.lora_dropout": lora.lora_dropout,
+        "lora.target_modules": _plain(lora.target_modules),
+        "lora.modules_to_save": _plain(lora.modules_to_save),
+        "lora.use_rslora": lora.use_rslora,
+        "lora.use_dora": lora.use_dora,
+        "lora.dtype": lora.dtype,
+        "data": data_print,
+        "train.per_device_train_batch_size": train.per_device_train_batch_size,
+        "train.gradient_accumulation_steps": train.gradient_accumulation_steps,
+        "train.max_length": train.max_length,
+        "train.packing": train.packing,
+        "train.group_by_length": train.group_by_length,
+        "train.learning_rate": train.learning_rate,
+        "train.lr_scheduler_type": train.lr_scheduler_type,
+        "train.warmup_ratio": train.warmup_ratio,
+        "train.max_grad_norm": train.max_grad_norm,
+        "optim.name": optim.name,
+        "optim.adam_beta1": optim.adam_beta1,
+        "optim.adam_beta2": optim.adam_beta2,
+        "optim.adam_epsilon": optim.adam_epsilon,
+        "optim.weight_decay": optim.weight_decay,
+    }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, list | tuple) else value

@@ -1,0 +1,108 @@
+"""All that a run is made of between two steps, as tensors and plain values: out to a checkpoint, and back.
+
+The checkpoint room knows files; this module knows what goes into them: the adapter (valid for PEFT by
+itself), float32 masters and moments, every rank's random number generators, and the progress.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+
+from qlora_trainer import __version__
+from qlora_trainer.checkpoint import format, publish, rng
+from qlora_trainer.checkpoint.format import Checkpoint
+from qlora_trainer.train.distributed import Ranks
+from qlora_trainer.train.loop import Progress
+
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+
+
+class Stateful(Protocol):
+    def state_tensors(self) -> dict[str, Tensor]: ...
+
+    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The parts of a run that change, and what identifies it.
+
+    Attributes:
+        identity: flat field -> plain value; a checkpoint of another identity is refused.
+    """
+
+    model: PeftModel
+    optimizer: Stateful
+    progress: Progress
+    identity: dict[str, Any]
+    ranks: Ranks
+
+    def save(self, root: Path) -> Path | None:
+        """Publishes a checkpoint below `root`; every rank calls it, rank 0 writes and returns the folder.
+
+        Raises:
+            CheckpointError: rank 0 could not write; the launcher then ends the others.
+        """
+        states = self.ranks.gather(rng.to_bytes(rng.capture()))
+        folder: Path | None = None
+        if self.ranks.main:
+            folder = publish.save(
+                root,
+                self.progress.step,
+                {
+                    format.ADAPTER: adapter_tensors(self.model),
+                    format.OPTIMIZER: self.optimizer.state_tensors(),
+                    format.RNG: rng.for_ranks([rng.from_bytes(data) for data in states]),
+                },
+                {
+                    format.ADAPTER_CONFIG: adapter_config(self.model),
+                    format.STATE: {
+                        **self.progress.to_dict(),
+                        "identity": self.identity,
+                        "versions": versions(),
+                        "threads": torch.get_num_threads(),
+                        "world_size": self.ranks.world_size,
+                    },
+                },
+            )
+        self.ranks.wait()
+        return folder
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Becomes what `checkpoint` holds, bit for bit."""
+        adapter = checkpoint.tensors(format.ADAPTER)
+        result = set_peft_model_state_dict(self.model, adapter)
+        assert not result.unexpected_keys, result.unexpected_keys
+        self.optimizer.load_state_tensors(checkpoint.tensors(format.OPTIMIZER))
+        for name in self.progress.to_dict():
+            setattr(self.progress, name, checkpoint.state[name])
+        states = rng.of_rank(checkpoint.tensors(format.RNG), self.ranks.rank)
+        if states:
+            rng.restore(states)
+
+
+def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
+    """The adapter under PEFT's own names for its file, without the base's embeddings."""
+    return get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
+def adapter_config(model: PeftModel) -> dict[str, Any]:
+    """`adapter_config.json` as PEFT writes it, ready for inference."""
+    config = model.peft_config["default"].to_dict()
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    return plain | {"inference_mode": True}
+
+
+def versions() -> dict[str, str]:
+    """What this process runs on; recorded, not compared."""
+    found = {name: version(name) for name in LIBRARIES}
+    return found | {"qlora_trainer": __version__, "python": platform.python_version()}
