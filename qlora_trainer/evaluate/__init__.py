@@ -1,0 +1,7 @@
+"""The evaluate room: how good is the model that was trained, beside the base it came from.
+
+`perplexity` measures loss on labelled tokens, `generate` writes answers, `match` compares them with
+references, `report` shows base and tuned side by side. In: a model or its `forward`, batches and
+prompts. Out: numbers and the examples behind them. The base is the tuned model with its adapter
+switched off (`disable_adapter`), so both see the same weights.
+"""

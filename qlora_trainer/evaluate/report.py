@@ -1,0 +1,89 @@
+"""What an evaluation says to a person: one table base -> tuned, and examples side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from qlora_trainer.evaluate.match import Answer, MatchScore
+from qlora_trainer.evaluate.perplexity import LossSum
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One model on one held-out set; what was not measured is None."""
+
+    loss: LossSum | None = None
+    match: MatchScore | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers for JSON; shares are between 0 and 1, loss in nats per token."""
+        found: dict[str, Any] = {}
+        if self.loss is not None:
+            found |= {"loss": self.loss.loss, "perplexity": self.loss.perplexity, "tokens": self.loss.tokens}
+        if self.match is not None:
+            found |= {"exact_match": self.match.exact, "questions": len(self.match.answers)}
+            if self.match.json_equal is not None:
+                found["json_match"] = self.match.json_equal
+        return found
+
+
+_ROWS = {  # key of `as_dict` -> label and number format
+    "loss": ("loss (nats per token)", "{:.4f}"),
+    "perplexity": ("perplexity", "{:.2f}"),
+    "tokens": ("tokens measured", "{:,}"),
+    "exact_match": ("exact match", "{:.1%}"),
+    "json_match": ("same JSON value", "{:.1%}"),
+    "questions": ("questions asked", "{:,}"),
+}
+
+
+def comparison(base: Scores, tuned: Scores, examples: int, title: str = "held-out rows") -> RenderableType:
+    """The table of every number measured on either side, and below it `examples` answers of each.
+
+    Examples are taken evenly from the questions, never picked by how well they turned out.
+    """
+    left, right = base.as_dict(), tuned.as_dict()
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("")
+    for name in ("base", "tuned"):
+        table.add_column(name, justify="right")
+    for key, (label, form) in _ROWS.items():
+        if key in left or key in right:
+            table.add_row(label, *(form.format(side[key]) if key in side else "-" for side in (left, right)))
+    parts: list[RenderableType] = [table]
+    if base.match is not None and tuned.match is not None and examples > 0:
+        parts.append(_side_by_side(base.match, tuned.match, examples))
+    return Group(*parts)
+
+
+def show(renderable: RenderableType, console: Console | None = None) -> None:
+    """Prints to the terminal (or wherever `console` writes)."""
+    (console or Console()).print(renderable)
+
+
+def _side_by_side(base: MatchScore, tuned: MatchScore, examples: int) -> Table:
+    table = Table(show_lines=True)
+    for name in ("prompt", "reference", "base", "tuned"):
+        table.add_column(name, overflow="fold", ratio=1)
+    for before, after in _evenly(base, tuned, examples):
+        assert before.question == after.question, "base and tuned answered different questions"
+        question = before.question
+        table.add_row(Text(question.text), Text(question.reference), _marked(before), _marked(after))
+    return table
+
+
+def _evenly(base: MatchScore, tuned: MatchScore, wanted: int) -> Iterator[tuple[Answer, Answer]]:
+    pairs = list(zip(base.answers, tuned.answers, strict=True))
+    step = max(1, len(pairs) // wanted)
+    yield from pairs[::step][:wanted]
+
+
+def _marked(answer: Answer) -> Text:
+    right = answer.exact or answer.json_equal
+    return Text(f"{'✓' if right else '✗'} {answer.text.strip()}", style="green" if right else "red")

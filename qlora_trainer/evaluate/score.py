@@ -1,0 +1,77 @@
+"""One evaluation: loss over held-out batches and answers to their questions, for base and tuned alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from qlora_trainer.data.batch import Batch
+from qlora_trainer.evaluate.generate import Sampling, generate
+from qlora_trainer.evaluate.match import Question, match
+from qlora_trainer.evaluate.perplexity import evaluating, measure_loss
+from qlora_trainer.evaluate.questions import questions
+from qlora_trainer.evaluate.report import Scores
+from qlora_trainer.inference.stop import pad_id
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What is measured on.
+
+    Attributes:
+        batches: held-out rows; kept in memory, for base and tuned see the same.
+        questions: what to ask; empty for no task.
+    """
+
+    batches: Sequence[Batch]
+    questions: Sequence[Question] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls, batches: Sequence[Batch], tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], task: str
+    ) -> HeldOut:
+        """`task`: none | exact_match, which asks each document's last answer."""
+        return cls(batches, questions(batches, tokenizer, stop_ids) if task == "exact_match" else [])
+
+
+def score(
+    model: PreTrainedModel | PeftModel,
+    forward: Callable[[Batch], Tensor],
+    held_out: HeldOut,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Sequence[int],
+    sampling: Sampling | None = None,
+) -> Scores:
+    """Measures `model` as it stands; `forward` is its loss (see `measure_loss`)."""
+    with evaluating(model):
+        loss = measure_loss(forward, held_out.batches, model.device)
+    if not held_out.questions:
+        return Scores(loss)
+    stops = list(stop_ids)
+    answers = generate(
+        model, [q.prompt_ids for q in held_out.questions], stops, pad_id(tokenizer, stops), sampling
+    )
+    texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers]
+    return Scores(loss, match(held_out.questions, texts))
+
+
+def score_base_and_tuned(
+    model: PeftModel,
+    forward: Callable[[Batch], Tensor],
+    held_out: HeldOut,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Sequence[int],
+    sampling: Sampling | None = None,
+) -> tuple[Scores, Scores]:
+    """The same measurement with the adapter off and on. `forward` must honour `disable_adapter`."""
+    with model.disable_adapter():
+        base = score(model, forward, held_out, tokenizer, stop_ids, sampling)
+    return base, score(model, forward, held_out, tokenizer, stop_ids, sampling)
