@@ -49,7 +49,7 @@ class DataConfig:
     split: str = "train"
     revision: Optional[str] = None
     format: str = "auto"  # auto | alpaca | messages | …
-    columns: Optional[dict[str, str]] = None  # ours -> the file's
+    columns: dict[str, str] = field(default_factory=dict)  # ours -> the file's
     template: Optional[str] = None  # null: the tokenizer's own; a name; or a jinja file
     eval_path: Optional[str] = None
     eval_fraction: float = 0.0
@@ -95,6 +95,8 @@ class CheckpointConfig:
     save_steps: int = 200
     save_total_limit: int = 2
     resume_from_checkpoint: str = "auto"  # auto | never | a checkpoint folder
+    allow_change: list[str] = field(default_factory=list)  # of the run's identity: `train.packing`, `data` …
+    keep_best: bool = True  # beside the newest `save_total_limit`, the one with the lowest evaluation loss
 
 
 @dataclass

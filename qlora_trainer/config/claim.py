@@ -1,0 +1,117 @@
+"""A run's folder belongs to one configuration: claimed at the start, refused to any other.
+
+In: a `RunConfig`. Out: the folder, made and writable, with the run's `config.yaml` in it. Which settings may
+change between a start and its resumption is for `checkpoint/` to judge; here only what makes it another run:
+another recipe, model or data set.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from qlora_trainer.config.load import to_yaml
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.config.watch import as_dict
+from qlora_trainer.errors import CheckpointError, ConfigError
+
+IDENTITY = (
+    "recipe",
+    "model.model_name_or_path",
+    "model.revision",
+    "data.path",
+    "data.name",
+    "data.split",
+    "data.revision",
+)
+CONFIG_FILE = "config.yaml"
+
+
+def claim_output_dir(config: RunConfig, required_bytes: int = 64 * 2**20) -> Path:
+    """Make `output_dir` this run's own and write `config.yaml` into it; returns the folder.
+
+    `required_bytes` is what the run will write there (the plan knows). One process calls it (rank 0).
+
+    Raises `ConfigError` if the folder holds a run of another recipe, model or data set, or files that are no
+    run's; `CheckpointError` if it cannot be written to or the disk is too small.
+    """
+    assert config.output_dir, "checks.missing lets no training run pass without an output_dir"
+    folder = Path(config.output_dir)
+    _refuse_foreign(folder, config)
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if free < required_bytes:
+            if made:
+                folder.rmdir()
+            raise CheckpointError(
+                f"output_dir: {folder} has {free / 2**30:.1f} GiB free and the run needs "
+                f"{required_bytes / 2**30:.1f} GiB; make room or set output_dir=/another/disk"
+            )
+        _write(folder / CONFIG_FILE, to_yaml(config))
+    except OSError as error:
+        raise CheckpointError(
+            f"output_dir: {folder} {_reason(error)}; set output_dir=/a/writable/folder"
+        ) from error
+    return folder
+
+
+def _refuse_foreign(folder: Path, config: RunConfig) -> None:
+    remedy = f"set output_dir to another folder, or remove {folder}"
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir: {folder} is a file; name a folder")
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        try:
+            strangers = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        except PermissionError as error:
+            raise CheckpointError(
+                f"output_dir: {folder} {_reason(error)}; set output_dir elsewhere"
+            ) from error
+        if strangers:
+            raise ConfigError(
+                f"output_dir: {folder} holds {strangers[0]} and no {CONFIG_FILE}, so it is no run's; {remedy}"
+            )
+        return
+    try:
+        previous = OmegaConf.load(file)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"output_dir: {file} is not readable as a configuration; {remedy}") from error
+    mine = OmegaConf.create(as_dict(config))
+    for key in IDENTITY:
+        before, now = _plain(OmegaConf.select(previous, key)), _plain(OmegaConf.select(mine, key))
+        if before != now:
+            raise ConfigError(
+                f"output_dir: {folder} belongs to another configuration ({key} was {before}, is {now}); "
+                f"{remedy}"
+            )
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _write(file: Path, text: str) -> None:
+    """Whole or not at all: a run killed here leaves the old file or the new one."""
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    with draft.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    draft.replace(file)
+
+
+def _reason(error: OSError) -> str:
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "cannot be written to (no permission)"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "is on a full disk"
+    return f"cannot be made ({error.strerror})"
