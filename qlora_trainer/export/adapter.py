@@ -1,0 +1,173 @@
+"""The adapter as a folder that plain PEFT loads, with everything that makes it talk as it was trained.
+
+    adapter/
+      adapter_model.safetensors adapter_config.json    PEFT's own
+      tokenizer… chat_template.jinja                   as used in training
+      generation_config.json                           the stop tokens
+      training.json                                    how the base was held, and its fingerprint
+      README.md                                        the model card
+
+In: the trained PeftModel, its tokenizer and plain values. Out: the folder, whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import peft
+import torch
+from safetensors.torch import save_file
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from qlora_trainer.checkpoint.disk import publish_folder
+from qlora_trainer.export.card import Card, licence_files, licence_of, render
+from qlora_trainer.export.fingerprint import base_fingerprint
+from qlora_trainer.inference.load import TRAINED_WITH, dtype_name
+from qlora_trainer.inference.stop import pad_id, stop_ids
+from qlora_trainer.model.load import BaseOptions
+from qlora_trainer.model.source import resolve
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainedOn:
+    """How the base was held while the adapter learned; enough to hold it so again.
+
+    Attributes:
+        model_name_or_path: as configured: hub name, folder or `builtin:…`.
+        source: what `from_pretrained` takes: hub name or folder.
+        method: nf4 | fp4 | int8 | gptq | awq | none.
+        dtype, compute_dtype: `bfloat16`, `float32` …
+        device: cpu | cuda, where it was quantized.
+    """
+
+    model_name_or_path: str
+    source: str
+    revision: str | None
+    method: str
+    double_quant: bool
+    dtype: str
+    compute_dtype: str
+    device: str
+
+    @classmethod
+    def with_options(cls, options: BaseOptions, device: torch.device) -> TrainedOn:
+        """What was asked of `load_base`."""
+        return cls(
+            model_name_or_path=options.name_or_path,
+            source=resolve(options.name_or_path, options.revision),
+            revision=options.revision,
+            method=options.method,
+            double_quant=options.double_quant,
+            dtype=dtype_name(options.dtype),
+            compute_dtype=dtype_name(options.compute_dtype),
+            device=device.type,
+        )
+
+    def __str__(self) -> str:
+        double = self.double_quant and self.method in ("nf4", "fp4")
+        return self.method + (" with double quantization" if double else "")
+
+
+def export_adapter(
+    model: peft.PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    trained: TrainedOn,
+    *,
+    data: list[str] | None = None,
+    settings: dict[str, Any] | None = None,
+    measured: str = "",
+    title: str | None = None,
+) -> Path:
+    """Publishes `folder`, replacing one of that name, and returns it.
+
+    Args:
+        data: names of the data, for the card.
+        settings: the run's configuration as nested plain values, for the card.
+        measured: a Markdown table for the card.
+
+    Raises:
+        CheckpointError: the disk refused; nothing is left behind.
+    """
+    state = {name: tensor.contiguous() for name, tensor in peft.get_peft_model_state_dict(model).items()}
+    base = cast(PreTrainedModel, model.get_base_model())
+    stops = stop_ids(tokenizer, base.generation_config)
+    card = Card(
+        title=title or folder.resolve().parent.name,
+        base=trained.source,
+        revision=trained.revision,
+        licence=licence_of(Path(trained.source)),
+        made=(
+            f"A LoRA adapter (PEFT), trained with QLoRA: the base stayed frozen, held as {trained}, "
+            f"computing in {trained.compute_dtype}."
+        ),
+        data=data or [],
+        settings=settings or {},
+        load=_loading(trained),
+        tags=("qlora", "lora", "peft"),
+        library="peft",
+    )
+
+    def fill(work: Path) -> None:
+        save_file(state, work / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        _peft_config(model, trained).save_pretrained(str(work))
+        tokenizer.save_pretrained(str(work))
+        GenerationConfig(
+            eos_token_id=stops, bos_token_id=tokenizer.bos_token_id, pad_token_id=pad_id(tokenizer, stops)
+        ).save_pretrained(work)
+        record = asdict(trained) | {"base_fingerprint": base_fingerprint(trained.source, trained.revision)}
+        write_json(work / TRAINED_WITH, record)
+        (work / "README.md").write_text(render(card, measured), encoding="utf-8")
+        for licence in licence_files(Path(trained.source)):
+            shutil.copyfile(licence, work / licence.name)
+
+    size = sum(tensor.nbytes for tensor in state.values())
+    return publish_folder(folder, fill, needed=size + (32 << 20))  # tokenizers are some MB
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """One JSON object, readable and stable from run to run."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _peft_config(model: peft.PeftModel, trained: TrainedOn) -> peft.PeftConfig:
+    """A copy for disk: the true base, ready for inference."""
+    stored = model.peft_config[model.active_adapter]
+    config = type(stored)(**{k: v for k, v in vars(stored).items() if k in type(stored).__dataclass_fields__})
+    config.base_model_name_or_path = trained.source
+    config.revision = trained.revision
+    config.inference_mode = True
+    return config
+
+
+def _loading(trained: TrainedOn) -> str:
+    revision = f", revision={trained.revision!r}" if trained.revision else ""
+    quantization, argument = "", ""
+    if trained.method in ("nf4", "fp4"):
+        argument = ", quantization_config=quantization"
+        quantization = (
+            "quantization = BitsAndBytesConfig(\n"
+            f"    load_in_4bit=True, bnb_4bit_quant_type={trained.method!r},\n"
+            f"    bnb_4bit_use_double_quant={trained.double_quant}, "
+            f"bnb_4bit_compute_dtype=torch.{trained.compute_dtype},\n)\n"
+        )
+    elif trained.method == "int8":
+        argument = ", quantization_config=quantization"
+        quantization = "quantization = BitsAndBytesConfig(load_in_8bit=True)\n"
+    extra = ", BitsAndBytesConfig" if quantization else ""
+    return (
+        "import torch\n"
+        "from peft import PeftModel\n"
+        f"from transformers import AutoModelForCausalLM, AutoTokenizer{extra}\n\n"
+        f"{quantization}"
+        f"base = AutoModelForCausalLM.from_pretrained(\n    {trained.source!r}{revision}, "
+        f"dtype=torch.{trained.dtype}{argument}\n)\n"
+        "model = PeftModel.from_pretrained(base, FOLDER)\n"
+        "tokenizer = AutoTokenizer.from_pretrained(FOLDER)\n"
+    )

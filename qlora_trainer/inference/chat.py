@@ -1,0 +1,112 @@
+"""A conversation in the terminal: history kept, answers streamed, the training template applied.
+
+In: a model, its tokenizer and lines of text (a keyboard or a pipe). Out: text as it is generated.
+`/reset` forgets the conversation, `/quit` or the end of input leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
+
+from qlora_trainer.errors import ConfigError
+from qlora_trainer.evaluate.generate import Sampling
+from qlora_trainer.inference.load import Loaded
+from qlora_trainer.inference.stop import pad_id
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """How to answer; `system` opens every conversation if given."""
+
+    sampling: Sampling
+    system: str | None = None
+
+
+class Chat:
+    """One conversation with one model.
+
+    Args:
+        loaded: from `inference.load.load`.
+        write: takes each piece of an answer as soon as it is certain.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template.
+    """
+
+    def __init__(self, loaded: Loaded, options: ChatOptions, write: Callable[[str], None]) -> None:
+        if not loaded.tokenizer.chat_template:
+            raise ConfigError(
+                "chat: this model has no chat template; train with data.template=<name or jinja file>, "
+                "which stores it with the adapter"
+            )
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.config: GenerationConfig = options.sampling.config(
+            loaded.stop_ids, pad_id(loaded.tokenizer, loaded.stop_ids)
+        )
+        self.write = write
+        self._opening = [{"role": "system", "content": options.system}] if options.system else []
+        self.messages: list[Message] = []
+        self.reset()
+        torch.manual_seed(options.sampling.seed)
+
+    def reset(self) -> None:
+        """Forgets everything but the system message."""
+        self.messages = list(self._opening)
+
+    def say(self, text: str) -> str:
+        """The answer to `text`, streamed to `write` and added to the history.
+
+        Interrupted from the keyboard, the turn is taken back whole.
+        """
+        turn = [*self.messages, {"role": "user", "content": text}]
+        prompt = prompt_ids(self.tokenizer, turn)
+        ids = torch.tensor([prompt], device=self.model.device)
+        with torch.inference_mode():
+            output = self.model.generate(  # type: ignore[operator]
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=self.config,
+                streamer=_Pieces(self.tokenizer, self.write),
+            )
+        answer = str(self.tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True))
+        self.messages = [*turn, {"role": "assistant", "content": answer}]
+        return answer
+
+    def run(self, lines: Iterable[str]) -> None:
+        """Answers line after line until they end or say `/quit`; empty lines are passed over."""
+        for line in lines:
+            text = line.strip()
+            if text == "/quit":
+                return
+            if text == "/reset":
+                self.reset()
+            elif text:
+                with suppress(KeyboardInterrupt):  # stops this answer, not the conversation
+                    self.say(text)
+                self.write("\n")
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
+    """Token ids of a conversation up to where the assistant speaks, exactly as in training."""
+    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert isinstance(rendered, str)
+    # The template writes BOS itself where the model wants one; encoding must not add a second.
+    return list(tokenizer.encode(rendered, add_special_tokens=False))
+
+
+class _Pieces(TextStreamer):
+    """Hands each finished piece of text on instead of printing it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+        self._write = write
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._write(text)

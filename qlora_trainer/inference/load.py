@@ -1,0 +1,192 @@
+"""From a folder to a model that answers: an adapter on its base as trained, or a whole exported model.
+
+In: a run folder, an adapter folder (ours or any PEFT one), or a model folder. Out: a model in
+evaluation mode and the tokenizer whose template it was trained with.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from qlora_trainer.errors import CheckpointError, ConfigError, MissingInputError
+from qlora_trainer.model.load import DTYPES, BaseOptions, load_base, load_tokenizer, pick_device, pick_dtype
+
+TRAINED_WITH = "training.json"  # beside the adapter: how its base was held while it learned
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to answer.
+
+    Attributes:
+        model: `PeftModel` for an adapter, else the plain model; evaluation mode, nothing trains.
+        stop_ids: tokens that end an answer, from the folder's generation config and template.
+    """
+
+    model: PreTrainedModel | peft.PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: list[int]
+
+
+def find_adapter(folder: str | Path) -> Path:
+    """The adapter folder that `folder` is or, being a run's, contains.
+
+    Raises:
+        MissingInputError: there is none, or the run has not finished.
+    """
+    folder = Path(folder).expanduser()
+    for candidate in (folder, folder / "adapter"):
+        if (candidate / ADAPTER_CONFIG).is_file():
+            return candidate
+    if not folder.is_dir():
+        raise MissingInputError(f"run={folder}: no such folder; give the output_dir of a finished run")
+    if (folder / "checkpoints").is_dir():
+        raise MissingInputError(
+            f"run={folder}: checkpoints but no adapter/ yet; run its training command again to finish"
+        )
+    raise MissingInputError(f"run={folder}: neither a run's output_dir nor an adapter ({ADAPTER_CONFIG})")
+
+
+def trained_base(adapter: Path, base: str | None = None, device: str = "auto") -> BaseOptions:
+    """How the adapter's base is to be loaded: as recorded when it was trained.
+
+    An adapter that is not ours says nothing of quantization; then its base is loaded unquantized.
+
+    Args:
+        base: another place of the same base, say a folder on this machine.
+
+    Raises:
+        ConfigError: neither the adapter nor `base` names a base model.
+    """
+    config = read_json(adapter / ADAPTER_CONFIG)
+    name = base or config.get("base_model_name_or_path")
+    if not name:
+        raise ConfigError(f"{adapter / ADAPTER_CONFIG} names no base; set model.model_name_or_path=/a/folder")
+    plain = BaseOptions(
+        name_or_path=name,
+        revision=None if base else config.get("revision"),
+        method="none",
+        dtype=pick_dtype("auto", pick_device(device)),
+    )
+    record = adapter / TRAINED_WITH
+    if not record.is_file():
+        return plain
+    trained = read_json(record)
+    return replace(
+        plain,
+        name_or_path=base or trained["model_name_or_path"],
+        method=trained["method"],
+        double_quant=trained["double_quant"],
+        dtype=DTYPES[trained["dtype"]],
+        compute_dtype=DTYPES[trained["compute_dtype"]],
+    )
+
+
+def load(
+    folder: str | Path,
+    base: str | None = None,
+    device: str = "auto",
+    attn_implementation: str | None = None,
+) -> Loaded:
+    """Loads the model that was trained: base quantized as then, adapter in its own dtype on top.
+
+    Args:
+        folder: a run's output_dir or an adapter folder.
+        base: where the base is, if not where the adapter says.
+        device: auto | cpu | cuda.
+
+    Raises:
+        MissingInputError: no adapter or no base there.
+        CheckpointError: the adapter's files are broken or do not fit that base.
+    """
+    adapter = find_adapter(folder)
+    options = replace(trained_base(adapter, base, device), attn_implementation=attn_implementation)
+    model = load_base(options, pick_device(device))
+    tuned = put_adapter(model, adapter)
+    own = adapter / "tokenizer_config.json"
+    tokenizer = (
+        AutoTokenizer.from_pretrained(adapter)
+        if own.is_file()
+        else load_tokenizer(options.name_or_path, options.revision)
+    )
+    return Loaded(tuned, tokenizer, adapter_stops(adapter, tokenizer, model))
+
+
+def put_adapter(model: PreTrainedModel, adapter: Path) -> peft.PeftModel:
+    """`adapter` on `model`, its tensors in the dtype they have on disk, frozen.
+
+    Raises:
+        CheckpointError: unreadable, or tensors of other shapes than this base asks for.
+    """
+    try:
+        tuned = peft.PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{adapter}: cannot read the adapter: {_first_line(error)}") from error
+    except RuntimeError as error:  # load_state_dict lists every tensor that does not fit, one a line
+        lines = [line.strip() for line in str(error).splitlines()]
+        misfit = next((line for line in lines if "size mismatch" in line), lines[0])
+        raise CheckpointError(
+            f"{adapter}: this adapter belongs to another base than {model.name_or_path}: {misfit}"
+        ) from error
+    stored = _stored_dtypes(adapter)
+    for name, parameter in tuned.named_parameters():
+        key = name.replace(".modules_to_save.default", "").replace(".default", "")
+        if key in stored:  # PEFT makes parameters in the base's dtype, whatever the file holds
+            parameter.data = parameter.data.to(stored[key])
+    tuned.eval()
+    return tuned
+
+
+def _stored_dtypes(adapter: Path) -> dict[str, torch.dtype]:
+    """The dtype of each tensor in the adapter's safetensors file; empty for adapters stored otherwise."""
+    path = adapter / "adapter_model.safetensors"
+    if not path.is_file():
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118
+
+
+def adapter_stops(
+    adapter: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None
+) -> list[int]:
+    """The stop tokens stored with the adapter, or else the base's and the template's own."""
+    from qlora_trainer.inference.stop import stop_ids
+
+    if (adapter / "generation_config.json").is_file():
+        return stop_ids(tokenizer, GenerationConfig.from_pretrained(adapter))
+    return stop_ids(tokenizer, None if model is None else model.generation_config)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from disk.
+
+    Raises:
+        CheckpointError: unreadable or not a JSON object.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error}); copy the folder again") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: not a JSON object; copy the folder again")
+    return found
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.bfloat16` -> `bfloat16`, as `DTYPES` spells it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

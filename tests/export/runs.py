@@ -1,0 +1,57 @@
+"""A finished run in miniature: a tiny base on disk, held as asked, with a random adapter on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import peft
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from qlora_trainer.export.adapter import TrainedOn, export_adapter
+from qlora_trainer.model.load import BaseOptions, load_base
+from qlora_trainer.model.lora import LoraOptions, attach
+from tests import tiny
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Run:
+    base: Path
+    adapter: Path
+    model: peft.PeftModel
+    options: BaseOptions
+    tokenizer: PreTrainedTokenizerFast
+
+
+def make(
+    tmp_path: Path,
+    architecture: str = "llama",
+    method: str = "nf4",
+    lora: LoraOptions | None = None,
+    dtype: torch.dtype = torch.float32,
+    **changes: object,
+) -> Run:
+    """Saves a tiny base, loads it as `method`, and exports an adapter that moves it well away."""
+    if architecture != "opt":
+        # bitsandbytes 0.50 repacks for AVX512 in plain processes and needs whole blocks of 64 a row.
+        changes = {"intermediate_size": 128} | changes
+    base = tiny.save(tmp_path / "base", architecture, **changes)
+    options = BaseOptions(str(base), method=method, dtype=dtype, compute_dtype=dtype)
+    model = attach(load_base(options, CPU), lora or LoraOptions(r=4, lora_alpha=8), seed=1)
+    stir(model)
+    adapter = export_adapter(
+        model, tiny.tokenizer(), tmp_path / "run" / "adapter", TrainedOn.with_options(options, CPU)
+    )
+    return Run(base, adapter, model.eval(), options, tiny.tokenizer())
+
+
+def stir(model: peft.PeftModel, scale: float = 0.15) -> None:
+    """Gives every trainable parameter an update, for B starts at zero and would hide mistakes."""
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator) * scale
+            parameter.data += noise.to(parameter.dtype)

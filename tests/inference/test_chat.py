@@ -1,0 +1,67 @@
+import copy
+import dataclasses
+
+import pytest
+
+from qlora_trainer.errors import ConfigError
+from qlora_trainer.evaluate.generate import Sampling, generate
+from qlora_trainer.inference.chat import Chat, ChatOptions, prompt_ids
+from qlora_trainer.inference.load import load
+from tests.export import runs
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    return load(runs.make(tmp_path_factory.mktemp("chat")).adapter)
+
+
+def chat(loaded, pieces, **options):
+    return Chat(loaded, ChatOptions(Sampling(max_new_tokens=12), **options), pieces.append)
+
+
+def test_what_is_streamed_is_the_greedy_answer_to_the_whole_conversation(loaded):
+    pieces: list[str] = []
+    talk = chat(loaded, pieces, system="be brief")
+    first = talk.say("hello")
+    assert "".join(pieces) == first
+    pieces.clear()
+    second = talk.say("and again")
+    assert talk.messages == [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": "and again"},
+        {"role": "assistant", "content": second},
+    ]
+    prompt = prompt_ids(loaded.tokenizer, talk.messages[:-1])
+    (ids,) = generate(loaded.model, [prompt], loaded.stop_ids, 0, Sampling(max_new_tokens=12))
+    assert "".join(pieces) == loaded.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_reset_forgets_quit_leaves_and_a_pipe_may_simply_end(loaded):
+    pieces: list[str] = []
+    talk = chat(loaded, pieces)
+    talk.run(["hello\n", "\n", "/reset\n", "again\n", "/quit\n", "never\n"])
+    assert [m["content"] for m in talk.messages if m["role"] == "user"] == ["again"]
+    talk.run(["more\n"])
+    assert [m["content"] for m in talk.messages if m["role"] == "user"] == ["again", "more"]
+
+
+def test_an_interrupted_answer_is_taken_back_and_the_conversation_goes_on(loaded):
+    def interrupt(_: str) -> None:
+        raise KeyboardInterrupt
+
+    talk = chat(loaded, [])
+    talk.say("hello")
+    before = list(talk.messages)
+    talk.write = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        talk.say("this one is stopped")
+    assert talk.messages == before
+
+
+def test_a_model_without_a_template_is_refused(loaded):
+    bare = copy.deepcopy(loaded.tokenizer)
+    bare.chat_template = None
+    with pytest.raises(ConfigError, match=r"data\.template"):
+        chat(dataclasses.replace(loaded, tokenizer=bare), [])
