@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qlora_trainer.checkpoint.disk import to_json
 from qlora_trainer.errors import CheckpointError
 
 VERSION = 1
@@ -83,12 +84,6 @@ def step_of(folder: Path) -> int | None:
     """The step that a folder's name promises; None if it is not a checkpoint's name."""
     match = _FOLDER_NAME.fullmatch(folder.name)
     return int(match[1]) if match else None
-
-
-def to_json(document: Mapping[str, Any]) -> bytes:
-    """The one way JSON is written here: sorted keys, exact floats, no NaN (a `ValueError`)."""
-    text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return text.encode() + b"\n"
 
 
 def size_of(tensors: Mapping[str, Mapping[str, Tensor]]) -> int:

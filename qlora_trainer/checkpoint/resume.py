@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_trainer.checkpoint import format, publish
+from qlora_trainer.checkpoint import disk, format, publish
 from qlora_trainer.checkpoint.format import Checkpoint
 from qlora_trainer.errors import CheckpointError, ConfigError, MissingInputError
 
@@ -44,7 +44,7 @@ def find(run: Path, mode: str, *, warn: Callable[[str], None]) -> Checkpoint | N
                 "name a checkpoint folder, or auto, or never"
             )
         return format.read(folder)
-    root = publish.require_inside(run, run / CHECKPOINTS)
+    root = disk.require_inside(run, run / CHECKPOINTS)
     folders = publish.checkpoints(root)
     for folder in reversed(folders):
         try:

@@ -44,21 +44,24 @@ class LoraConfig:
 
 @dataclass
 class DataConfig:
-    path: Any = None  # file, folder, hub name, `builtin:restaurant`, or a list of sources
+    path: Any = None  # file, folder, hub name, `builtin:restaurant`; or a list of these or of {path, weight, …}
     name: Optional[str] = None
     split: str = "train"
     revision: Optional[str] = None
     format: str = "auto"  # auto | alpaca | messages | …
     columns: dict[str, str] = field(default_factory=dict)  # ours -> the file's
     template: Optional[str] = None  # null: the tokenizer's own; a name; or a jinja file
-    eval_path: Optional[str] = None
-    eval_fraction: float = 0.0
+    eval_path: Any = None  # held-out rows, as `path`; or
+    eval_fraction: float = 0.0  # of the rows of `path`, chosen by their content and the seed
     max_rows: Optional[int] = None
     train_on_inputs: bool = False
+    train_on_last_turn_only: bool = False
     on_bad_row: str = "error"  # error | skip
     overlong: str = "truncate_right"  # drop | truncate_left | truncate_right | split | error
-    cache_dir: Optional[str] = None
-    num_workers: int = 0
+    sample_by: str = "line"  # of text files: line | paragraph | document
+    streaming: bool = False  # read a hub dataset over the network, not from a download
+    cache_dir: Optional[str] = None  # of tokenized data; null: ~/.cache/qlora_trainer/tokenized
+    num_workers: int = 0  # processes that prepare batches ahead
 
 
 @dataclass

@@ -29,8 +29,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from qlora_trainer.checkpoint.format import to_json
-from qlora_trainer.checkpoint.publish import atomic_write
+from qlora_trainer.checkpoint.disk import atomic_write, to_json
 from qlora_trainer.errors import CheckpointError, PreemptedError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
