@@ -1,0 +1,25 @@
+"""What every test gets: no network, no user's cache or settings, and no GPU test without a GPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# Before any import of torch or transformers: threads that spin for each other cost a busy machine
+# most of its time, and a test that reaches for the hub is a bug.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ.pop("QLORA_TRACEBACK", None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none here"))
