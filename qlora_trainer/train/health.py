@@ -103,7 +103,7 @@ class MemoryGuard:
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                reason = str(error).splitlines()[0]
+                reason = str(error).partition("\n")[0] or type(error).__name__
             # Outside the handler: the traceback's frames held the activations.
             undo()
             rng.restore(before)
