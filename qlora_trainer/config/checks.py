@@ -139,7 +139,7 @@ def _ranges(flat: dict[str, Any]) -> Iterator[str]:
         if not 0 <= flat[key] < 1:
             yield f"{key}: {flat[key]} is out of range; expected from 0 to below 1"
     if flat["train.max_steps"] == 0 or flat["train.max_steps"] < -1:
-        yield f"train.max_steps: {flat['train.max_steps']} is out of range; expected 1 or more, or -1 for epochs"
+        yield f"train.max_steps: {flat['train.max_steps']} is out of range; expected 1 or more, or -1"
 
 
 def _conflicts(config: RunConfig, command: str) -> Iterator[str]:
@@ -160,7 +160,7 @@ def _conflicts(config: RunConfig, command: str) -> Iterator[str]:
         )
     if model.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", model.revision or ""):
         yield (
-            "model.trust_remote_code: runs code from the model's repository, so model.revision must pin it to "
+            "model.trust_remote_code: runs code from the model's repository, so model.revision must be "
             "a commit hash (40 hexadecimal digits)"
         )
     if lora.use_dora and quantization.method in ("gptq", "awq"):
@@ -197,8 +197,8 @@ def _float16(config: RunConfig) -> Iterator[str]:
     ):
         if value == "float16":
             yield (
-                f"{key}: float16 overflows to NaN in training (one in five Llama-7B runs of the QLoRA authors); "
-                "use bfloat16, or float32 on hardware without it"
+                f"{key}: float16 overflows to NaN (one in five Llama-7B runs of the QLoRA authors); use "
+                "bfloat16, or float32 on hardware without it"
             )
 
 

@@ -37,8 +37,8 @@ def check(config: RunConfig, command: str) -> None:
     config = plain(config)
     if config.model.device == "cuda" and cuda_devices() == 0:
         raise ConfigError(
-            "model.device: cuda is asked for and this machine shows no CUDA device; leave out model.device to "
-            "use what is there, or see to the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES"
+            "model.device: cuda is asked for and this machine shows no CUDA device; leave model.device out "
+            "to use what is there, or see to the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES"
         )
     if command in checks.NEEDS_DATA:
         check_data(config.data.path, "data.path")

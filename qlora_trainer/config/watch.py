@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import FrozenInstanceError, fields, is_dataclass
+from functools import cache
 from typing import Any, NoReturn, TypeVar
 
 from qlora_trainer.config.schema import RunConfig
@@ -72,10 +73,15 @@ def as_dict(config: Any) -> dict[str, Any]:
     }
 
 
+@cache
+def _derived(behaviour: type, base: type) -> type:
+    return type(base.__name__, (behaviour, base), {})
+
+
 def _rebuild(section: Section, behaviour: type, extra: Any, prefix: str = "") -> Section:
     """A copy of a dataclass tree whose classes also derive from `behaviour`."""
     base = next(cls for cls in type(section).__mro__ if cls.__module__ == RunConfig.__module__)
-    made: Section = object.__new__(type(base.__name__, (behaviour, base), {}))
+    made: Section = object.__new__(_derived(behaviour, base))
     state = vars(made)
     for field in fields(section):  # type: ignore[arg-type]
         value = vars(section)[field.name]
