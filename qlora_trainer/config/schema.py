@@ -44,14 +44,14 @@ class LoraConfig:
 
 @dataclass
 class DataConfig:
-    path: Any = None  # file, folder, hub name, `builtin:restaurant`; or a list of these or of {path, weight, …}
+    path: Any = None  # file, folder, hub name, `builtin:restaurant`; a list of them or of {path, weight, …}
     name: Optional[str] = None
     split: str = "train"
     revision: Optional[str] = None
-    format: str = "auto"  # auto | alpaca | messages | …
+    format: str = "auto"  # auto | alpaca | messages | sharegpt | prompt_completion | text | oasst
     columns: dict[str, str] = field(default_factory=dict)  # ours -> the file's
-    template: Optional[str] = None  # null: the tokenizer's own; a name; or a jinja file
-    eval_path: Any = None  # held-out rows, as `path`; or
+    template: Optional[str] = None  # null: the tokenizer's own; alpaca chatml gemma …; a jinja file
+    eval_path: Any = None  # held-out rows, given as `path` is; or a fraction:
     eval_fraction: float = 0.0  # of the rows of `path`, chosen by their content and the seed
     max_rows: Optional[int] = None
     train_on_inputs: bool = False
@@ -115,7 +115,16 @@ class EvaluateConfig:
     max_rows: Optional[int] = None
     task: str = "none"  # none | exact_match
     max_new_tokens: int = 128
+    batch_size: int = 8  # rows measured, and questions answered, together
     examples: int = 5
+
+
+@dataclass
+class ChatConfig:
+    max_new_tokens: int = 512
+    temperature: float = 0.0  # 0: always the likeliest token
+    top_p: float = 1.0
+    system: Optional[str] = None  # opens every conversation
 
 
 @dataclass
@@ -144,5 +153,6 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)

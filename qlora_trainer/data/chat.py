@@ -1,0 +1,283 @@
+"""Chat templates: which one applies, how it renders, and where in the rendering each turn's text lies.
+
+Comes in: a tokenizer and checked messages. Goes out: `Rendering`s, text plus character spans of what the
+assistant says. Tokens come later (`encode.py`); nothing here searches for role markers.
+
+Most stock templates carry no `{% generation %}` tag, so spans are found by rendering, and proved:
+
+* A turn *starts* where the generation prompt ends: `render(messages[:i], add_generation_prompt=True)`
+  is exactly what the model is given at inference. It has to be a prefix of the full rendering. Where it is
+  not (a template that opens the model's turn with `<think>` and later strips it), the turn starts at its
+  content, found by a mark.
+* Content *ends* at a mark put behind its last visible character. Trimming templates do not move it, and
+  taking all marks out has to give the full rendering again, character for character.
+* The end-of-turn token is the first added token that the template puts behind the content.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from qlora_trainer.data.formats import Example, Message, RowError
+from qlora_trainer.errors import ConfigError, MissingInputError
+
+GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+MARKS = tuple((chr(0xE000 + 2 * n), chr(0xE001 + 2 * n)) for n in range(8))  # private use: no text has them
+TODAY = datetime.date(2024, 7, 26)  # what Llama 3's template prints without a clock
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters [start, stop) of a rendering that one message put there, and which message.
+
+    `turn` tells an assistant's whole turn (to be extended to its end-of-turn token) from bare content.
+    """
+
+    start: int
+    stop: int
+    message: int
+    turn: bool
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """A conversation as one text; `spans` in order; the last generation prompt ends at `prompt_stop`."""
+
+    text: str
+    spans: tuple[Span, ...]
+    prompt_stop: int
+
+
+class ChatTemplate:
+    """A Jinja chat template together with the special tokens it prints.
+
+    Attributes:
+        source: the Jinja text; it is stored with the adapter.
+        origin: where it came from, for people.
+        end_of_turn: id of the token that ends an assistant turn, or None if the template prints none
+            (then `encode.py` appends EOS to the document).
+        stop_token_ids: what generation has to stop at: end of turn and EOS.
+    """
+
+    def __init__(self, source: str, origin: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.source = source
+        self.origin = origin
+        self.tagged = bool(GENERATION_TAG.search(source))
+        self.constants = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        self.end_of_turn = self._probe(tokenizer)
+        stops = {self.end_of_turn, tokenizer.eos_token_id} - {None}
+        self.stop_token_ids = tuple(sorted(stops))
+
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        prompt: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> str:
+        """The text, as `tokenizer.apply_chat_template(tokenize=False)` gives it.
+
+        One difference: a template that prints the date prints TODAY, so that the same data are the same
+        tokens tomorrow. Raises RowError with the template's own words where it refuses the conversation.
+        """
+        return self._render(messages, prompt, tools)[0]
+
+    def layout(self, example: Example) -> Rendering:
+        """Render a conversation and find its turns. Raises RowError if the template hides them."""
+        messages = [message.for_template() for message in example.messages]
+        full = self.render(messages, tools=example.tools)
+        turns = [at for at, message in enumerate(example.messages) if message.role == "assistant"]
+        spans = self._tagged_spans(messages, example, turns) if self.tagged else None
+        if spans is None:
+            spans = self._proved_spans(messages, example, turns, full)
+        prompt_stop = spans[-1].start
+        others = [
+            at for at, m in enumerate(example.messages) if m.role != "assistant" and m.weight is not None
+        ]
+        if others:
+            marks = [(at, edge) for at in others for edge in (False, True)]
+            found = self._locate(messages, marks, full, example.tools)
+            for at in others:
+                if (at, False) not in found or (at, True) not in found:
+                    raise RowError(f"messages[{at}]", "has a weight, but the chat template rewrites its text")
+                spans.append(Span(found[at, False], found[at, True], at, turn=False))
+        return Rendering(full, tuple(sorted(spans, key=lambda span: span.start)), prompt_stop)
+
+    def _proved_spans(
+        self, messages: list[dict[str, Any]], example: Example, turns: list[int], full: str
+    ) -> list[Span]:
+        ends = self._locate(messages, [(at, True) for at in turns], full, example.tools)
+        spans = []
+        for at in turns:
+            prompt = self.render(messages[:at], prompt=True, tools=example.tools)
+            stop = ends.get((at, True))
+            if full.startswith(prompt) and (stop is None or len(prompt) <= stop):
+                start: int | None = len(prompt)
+            else:
+                start = self._locate(messages, [(at, False)], full, example.tools).get((at, False))
+            if stop is None and full.startswith(
+                whole := self.render(messages[: at + 1], tools=example.tools)
+            ):
+                stop = len(whole)
+            if start is None or stop is None:
+                raise RowError(
+                    f"messages[{at}]",
+                    "the chat template rewrites this turn so that its place cannot be told; "
+                    "mark it with {% generation %} in a template of your own (data.template=FILE)",
+                )
+            spans.append(Span(start, stop, at, turn=True))
+        return spans
+
+    def _tagged_spans(
+        self, messages: list[dict[str, Any]], example: Example, turns: list[int]
+    ) -> list[Span] | None:
+        """The template's own {% generation %} blocks, if there is one for each assistant turn."""
+        _, blocks = self._render(messages, False, example.tools, tags=True)
+        if len(blocks) != len(turns):
+            return None
+        return [Span(start, stop, at, turn=True) for at, (start, stop) in zip(turns, blocks, strict=True)]
+
+    def _render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        prompt: bool,
+        tools: list[dict[str, Any]] | None,
+        tags: bool = False,
+    ) -> tuple[str, list[tuple[int, int]]]:
+        try:
+            texts, blocks = render_jinja_template(
+                conversations=[list(messages)],
+                tools=tools,
+                chat_template=self.source,
+                add_generation_prompt=prompt,
+                return_assistant_tokens_mask=tags,
+                strftime_now=TODAY.strftime,
+                **self.constants,
+            )
+        except jinja2.TemplateSyntaxError as error:
+            raise ConfigError(
+                f"data.template: {self.origin}, line {error.lineno}: {error.message}"
+            ) from error
+        except jinja2.TemplateError as error:
+            raise RowError("messages", f"refused by the chat template ({self.origin}): {error}") from error
+        return texts[0], blocks[0] if tags else []
+
+    def _locate(
+        self,
+        messages: list[dict[str, Any]],
+        marks: list[tuple[int, bool]],
+        full: str,
+        tools: list[dict[str, Any]] | None,
+    ) -> dict[tuple[int, bool], int]:
+        """Where the visible content of messages starts (False) and ends (True) in `full`.
+
+        Renders once with a mark at each place; a mark that the template drops or repeats is left out, and
+        so is everything if the rest does not equal `full`.
+        """
+        said = "".join(message["content"] for message in messages)
+        free = [pair for pair in MARKS if pair[0] not in full and pair[0] not in said]
+        if not free:
+            return {}
+        left, right = free[0]
+        marked = [dict(message) for message in messages]
+        for number, (at, is_end) in reversed(list(enumerate(marks))):
+            content = marked[at]["content"]
+            bare = content.rstrip() if is_end else content.lstrip()
+            cut = len(bare) if is_end else len(content) - len(bare)
+            marked[at]["content"] = f"{content[:cut]}{left}{number}{right}{content[cut:]}"
+        text = self.render(marked, tools=tools)
+        pattern = re.compile(f"{left}(\\d+){right}")
+        if pattern.sub("", text) != full:
+            return {}
+        found: dict[tuple[int, bool], int] = {}
+        removed = 0
+        repeated = set()
+        for match in pattern.finditer(text):
+            mark = marks[int(match[1])]
+            repeated |= {mark} & found.keys()
+            found[mark] = match.start() - removed
+            removed += len(match[0])
+        return {mark: place for mark, place in found.items() if mark not in repeated}
+
+    def _probe(self, tokenizer: PreTrainedTokenizerBase) -> int | None:
+        """The first added token behind the content of a small answer."""
+        example = Example((Message("user", "a"), Message("assistant", "b")))
+        try:
+            rendering = self.layout(example)
+        except RowError as error:
+            raise ConfigError(
+                f"data.template: {self.origin} cannot render a question and an answer: {error}"
+            ) from error
+        stop = rendering.spans[-1].stop
+        encoded = tokenizer(rendering.text, add_special_tokens=False, return_offsets_mapping=True)
+        added = set(tokenizer.added_tokens_decoder) | {tokenizer.eos_token_id}
+        tokens = list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+        inside = [token for token, (start, end) in tokens if start < stop <= end and end > start]
+        after = [token for token, (start, _) in tokens if start >= stop]
+        return next((token for token in inside + after if token in added), None)
+
+
+def named_templates() -> dict[str, str]:
+    """The templates that come with the package: name -> Jinja text."""
+    folder = resources.files("qlora_trainer.data") / "chat_templates"
+    return {
+        item.name.removesuffix(".jinja"): item.read_text(encoding="utf-8")
+        for item in sorted(folder.iterdir(), key=lambda item: item.name)
+        if item.name.endswith(".jinja")
+    }
+
+
+def template_source(template: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
+    """(Jinja text, origin) of what the recipe or the tokenizer names; None if neither has one.
+
+    Raises MissingInputError for a file that is not there, ConfigError for an unknown name.
+    """
+    if template is None:
+        own = tokenizer.chat_template
+        if isinstance(own, dict):
+            own = own.get("default")
+        return (own, "the tokenizer's own") if own else None
+    named = named_templates()
+    if template in named:
+        return named[template], f"named {template}"
+    path = Path(template).expanduser()
+    if path.is_file():
+        return path.read_text(encoding="utf-8"), f"file {path}"
+    if path.suffix or "/" in template:
+        raise MissingInputError(
+            f"data.template={template}: no such file; give a Jinja file or one of {' '.join(named)}"
+        )
+    raise ConfigError(
+        f"data.template={template}: unknown name; known: {' '.join(named)}, or give a Jinja file"
+    )
+
+
+def resolve_template(
+    template: str | None, tokenizer: PreTrainedTokenizerBase, formats: Sequence[str]
+) -> ChatTemplate:
+    """The template to use for conversations.
+
+    The recipe's, else the tokenizer's own, else (a base model) the Alpaca prompt of the paper if all
+    sources are alpaca, and `### Human: / ### Assistant:` (guanaco) otherwise.
+    """
+    found = template_source(template, tokenizer)
+    if found is None:
+        name = "alpaca" if set(formats) == {"alpaca"} else "guanaco"
+        found = named_templates()[name], f"default for a base model: {name}"
+    chat = ChatTemplate(*found, tokenizer)
+    if template in named_templates() and chat.end_of_turn is None:
+        raise ConfigError(
+            f"data.template={template}: this tokenizer has not the token that ends its turns; "
+            "use data.template=alpaca or guanaco, which end them with EOS"
+        )
+    return chat

@@ -1,0 +1,242 @@
+"""Examples to token ids and loss weights, by character offsets.
+
+Comes in: checked examples, a ChatTemplate and a fast tokenizer. Goes out: `Document`s of at most
+`max_length` tokens, and for each example what became of it. A token is supervised if it overlaps a
+supervised span, so a token that holds both the last space of a prompt and the first letter of the answer
+counts as answer. The end-of-turn token is always in the span it ends.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from qlora_trainer.data.chat import ChatTemplate, Rendering, Span
+from qlora_trainer.data.formats import Example, RowError
+from qlora_trainer.errors import ConfigError
+
+Ids = NDArray[np.int32]
+Weights = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Document:
+    """One tokenized training document.
+
+    Attributes:
+        ids: int32 [T].
+        weights: float32 [T], loss weight of predicting each token; the first is always 0.
+        answer: [start, stop) of the last assistant turn in tokens; (-1, -1) if it is not whole.
+    """
+
+    ids: Ids
+    weights: Weights
+    answer: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Why an example gave no document, and a few words on it."""
+
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Which tokens teach: everything, all assistant turns (default), or the last one."""
+
+    train_on_inputs: bool = False
+    last_turn_only: bool = False
+
+
+class Encoder:
+    """Turns examples into documents; `notes` counts what is worth telling about them."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: ChatTemplate | None,
+        *,
+        max_length: int,
+        overlong: str,
+        masking: Masking,
+    ) -> None:
+        if not tokenizer.is_fast:
+            raise ConfigError(
+                f"{tokenizer.name_or_path}: a slow tokenizer gives no character offsets, which masks need; "
+                "use a model folder with tokenizer.json"
+            )
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(
+                f"{tokenizer.name_or_path}: the tokenizer has no eos_token; the model could never stop"
+            )
+        self.tokenizer = tokenizer
+        self.template = template
+        self.max_length = max_length
+        self.overlong = overlong
+        self.masking = masking
+        self.bos, self.eos = tokenizer.bos_token_id, int(tokenizer.eos_token_id)
+        self.prefix = prefix_ids(tokenizer)
+        self.notes: Counter[str] = Counter()
+
+    def __call__(self, examples: Sequence[Example]) -> list[list[Document] | Dropped | RowError]:
+        """One result per example, in order: its documents (several only if split), or why there are none."""
+        layouts = [self._layout(example) for example in examples]
+        good = [layout for layout in layouts if isinstance(layout, Rendering)]
+        if not good:
+            return [layout for layout in layouts if not isinstance(layout, Rendering)]
+        encoded = self.tokenizer(
+            [layout.text for layout in good],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        tokens = iter(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+        results: list[list[Document] | Dropped | RowError] = []
+        for example, layout in zip(examples, layouts, strict=True):
+            if isinstance(layout, Rendering):
+                ids, offsets = next(tokens)
+                results.append(self._fit(self._document(example, layout, ids, offsets)))
+            else:
+                results.append(layout)
+        return results
+
+    def _layout(self, example: Example) -> Rendering | Dropped | RowError:
+        if example.empty:
+            return Dropped("empty_answer", "no answer text to learn")
+        if example.raw:
+            whole = Span(len(example.prompt), len(example.prompt) + len(example.completion), 0, turn=True)
+            return Rendering(example.prompt + example.completion, (whole,), len(example.prompt))
+        assert self.template is not None, "conversations need a template"
+        try:
+            return self.template.layout(example)
+        except RowError as error:
+            return error
+
+    def _document(
+        self, example: Example, layout: Rendering, ids: list[int], offsets: list[tuple[int, int]]
+    ) -> Document:
+        """Ids and weights of one whole example, before it is cut to length."""
+        tokens: Ids = np.asarray(ids, dtype=np.int32)
+        places = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+        starts, ends = places[:, 0], places[:, 1]
+        everything = self.masking.train_on_inputs
+        weights: Weights = np.full(len(tokens), float(everything), dtype=np.float32)
+        stop_token = self.eos if example.raw or self.template is None else self.template.end_of_turn
+        turns = [span for span in layout.spans if span.turn]
+        answer = (0, 0)
+        closed = False
+        for number, span in enumerate(layout.spans):
+            inside = np.flatnonzero((starts < span.stop) & (ends > span.start))
+            first = int(inside[0]) if len(inside) else int(np.searchsorted(starts, span.start))
+            last = int(inside[-1]) + 1 if len(inside) else first
+            if span.turn:
+                limit = len(tokens)
+                if later := [other.start for other in layout.spans[number + 1 :] if other.turn]:
+                    limit = int(np.searchsorted(starts, later[0]))
+                last, closed = self._close(tokens, starts, first, last, limit, stop_token)
+                answer = (first, last)
+            weights[first:last] = self._weight(example, span, span is turns[-1])
+        if (
+            not closed
+        ):  # the template (or the raw text) prints no end: EOS is ours to add, with the answer's weight
+            if not example.raw:
+                self.notes["eos_added"] += 1
+                tokens, weights = tokens[: answer[1]], weights[: answer[1]]
+            tokens = np.append(tokens, np.int32(self.eos))
+            weights = np.append(weights, np.float32(self._weight(example, turns[-1], True)))
+            answer = (answer[0], len(tokens))
+        if example.raw and self.prefix and tokens[: len(self.prefix)].tolist() != self.prefix:
+            shift = len(self.prefix)
+            tokens = np.concatenate([np.asarray(self.prefix, dtype=np.int32), tokens])
+            weights = np.concatenate([np.zeros(shift, dtype=np.float32), weights])
+            answer = (answer[0] + shift, answer[1] + shift)
+        if self.bos is not None and len(tokens) > 1 and tokens[0] == tokens[1] == self.bos:
+            self.notes["double_bos"] += 1
+        if self.prefix and tokens[0] != self.prefix[0]:
+            self.notes["missing_bos"] += 1
+        weights[0] = 0.0
+        return Document(tokens, weights, answer)
+
+    def _close(
+        self,
+        tokens: Ids,
+        starts: NDArray[np.int64],
+        first: int,
+        last: int,
+        limit: int,
+        stop_token: int | None,
+    ) -> tuple[int, bool]:
+        """Extend a turn's tokens [first, last) to its end-of-turn token, if there is one before `limit`."""
+        if stop_token is None:
+            return last, False
+        tail = last
+        while tail > first and tokens[tail - 1] != stop_token and not self._text(tokens[tail - 1]).strip():
+            tail -= 1  # a {% generation %} block may hold the line break behind its end-of-turn token
+        if tail > first and tokens[tail - 1] == stop_token:
+            return last, True
+        found = np.flatnonzero(tokens[last:limit] == stop_token)
+        return (last + int(found[0]) + 1, True) if len(found) else (last, False)
+
+    def _text(self, token: int) -> str:
+        return str(self.tokenizer.decode([int(token)]))
+
+    def _weight(self, example: Example, span: Span, is_last: bool) -> float:
+        own = example.messages[span.message].weight if example.messages else None
+        if span.turn and self.masking.last_turn_only and not is_last:
+            return 0.0
+        return 1.0 if own is None else own
+
+    def _fit(self, document: Document) -> list[Document] | Dropped | RowError:
+        """Apply the policy for rows over `max_length`; drop what teaches nothing."""
+        length = len(document.ids)
+        if length <= self.max_length:
+            pieces = [document]
+        elif self.overlong == "error":
+            return RowError("length", f"{length} tokens, train.max_length is {self.max_length}")
+        elif self.overlong == "drop":
+            return Dropped("too_long", f"{length} tokens, max_length {self.max_length}")
+        else:
+            self.notes["split" if self.overlong == "split" else "truncated"] += 1
+            pieces = self._cut(document)
+        kept = [piece for piece in pieces if piece.weights.any()]
+        if not kept:
+            return Dropped(
+                "all_masked", f"no supervised token among the {min(length, self.max_length)} kept of {length}"
+            )
+        return kept
+
+    def _cut(self, document: Document) -> list[Document]:
+        size, length = self.max_length, len(document.ids)
+        if self.overlong == "truncate_right":
+            return [_piece(document, 0, size)]
+        if self.overlong == "truncate_left":
+            keep = 1 if document.ids[0] == self.bos else 0
+            tail = _piece(document, length - size + keep, length)
+            ids = np.concatenate([document.ids[:keep], tail.ids])
+            weights = np.concatenate([document.weights[:keep], tail.weights])
+            return [Document(ids, weights, (-1, -1))]
+        return [_piece(document, start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _piece(document: Document, start: int, stop: int) -> Document:
+    weights = document.weights[start:stop].copy()
+    weights[0] = 0.0
+    return Document(document.ids[start:stop], weights, (-1, -1))
+
+
+def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer itself puts before plain text (BOS or nothing)."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    dressed = tokenizer("a")["input_ids"]
+    for start in range(len(dressed) - len(bare) + 1):
+        if dressed[start : start + len(bare)] == bare:
+            return list(dressed[:start])
+    return []

@@ -1,0 +1,209 @@
+"""Documents to batches: which documents a step holds, as a pure function of (seed, epoch, index).
+
+Comes in: TokenizedData and the sizes of a step. Goes out: StepBatches, by their number. There is no
+position to save: to resume is to ask for another index. One epoch is one ordering of the data, cut into
+units (packs, or single documents), then into micro-batches, then into steps of `accumulation *
+world_size` micro-batches. Rank r takes micro-batches r, r + world_size, … of a step, so any world size with
+the same product sees the same micro-batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from qlora_trainer.data.batch import IGNORE, Batch
+from qlora_trainer.data.packing import Order, pack
+from qlora_trainer.data.store import TokenizedData
+from qlora_trainer.errors import ConfigError
+
+MEGABATCH = 50  # steps' worth of documents that group_by_length sorts at a time, as transformers does
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one rank computes in one optimizer step.
+
+    Attributes:
+        micro_batches: as many on every rank. Where the last step of an epoch does not divide, some ranks get
+            a copy of another micro-batch with all labels ignored and `rows=()`: it adds exactly 0.
+        total_weight: sum of loss weights over all micro-batches of all ranks; divide the loss by it.
+    """
+
+    micro_batches: list[Batch]
+    total_weight: float
+
+
+class Loader:
+    """Batches of `data` for one rank.
+
+    Args:
+        micro_batch_size: documents per micro-batch; packs per micro-batch when packing.
+        accumulation: micro-batches per rank and step.
+        max_length: tokens; with packing every row has exactly so many, else the longest document's.
+        group_by_length: documents of like length share a micro-batch (not with packing).
+        num_workers: processes that prepare batches ahead in `steps`; the batches are the same.
+        pad_id: token written into padding; its value never matters to a result.
+    """
+
+    def __init__(
+        self,
+        data: TokenizedData,
+        *,
+        micro_batch_size: int,
+        accumulation: int,
+        max_length: int,
+        packing: bool,
+        group_by_length: bool,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        pad_id: int,
+    ) -> None:
+        if packing and group_by_length:
+            raise ConfigError(
+                "train.packing and train.group_by_length are both set; packs are full: drop group_by_length"
+            )
+        if int(data.lengths.max()) > max_length:
+            raise ConfigError(
+                f"train.max_length={max_length}: the data were tokenized with {data.max_length}"
+            )
+        assert 0 <= rank < world_size and micro_batch_size > 0 and accumulation > 0
+        self.data = data
+        self.micro_batch_size, self.accumulation, self.max_length = micro_batch_size, accumulation, max_length
+        self.packing, self.group_by_length, self.seed = packing, group_by_length, seed
+        self.rank, self.world_size, self.num_workers, self.pad_id = rank, world_size, num_workers, pad_id
+        order = {
+            "data": data.fingerprint,
+            "repeats": hashlib.sha256(data.repeats.tobytes()).hexdigest(),
+            "micro_batch_size": micro_batch_size,
+            "micro_batches": accumulation * world_size,
+            "max_length": max_length,
+            "packing": packing,
+            "group_by_length": group_by_length,
+            "seed": seed,
+        }
+        self.fingerprint = hashlib.sha256(json.dumps(order, sort_keys=True).encode()).hexdigest()
+        self._micro_batches = lru_cache(maxsize=2)(self._plan)  # the plans of this epoch and the next
+
+    def steps_per_epoch(self, epoch: int) -> int:
+        """Optimizer steps in an epoch (packs may differ by a few between epochs)."""
+        return math.ceil(len(self._micro_batches(epoch)) / (self.accumulation * self.world_size))
+
+    def step(self, epoch: int, index: int) -> StepBatch:
+        """Step `index` of `epoch`, made now."""
+        if not 0 <= index < self.steps_per_epoch(epoch):
+            raise IndexError(f"step {index} of epoch {epoch}, which has {self.steps_per_epoch(epoch)}")
+        size = self.accumulation * self.world_size
+        plan = self._micro_batches(epoch)[index * size : (index + 1) * size]
+        total = float(sum(self.data.weights[unit].sum() for micro in plan for unit in micro))
+        mine: list[Batch] = []
+        for turn in range(math.ceil(len(plan) / self.world_size)):
+            place = turn * self.world_size + self.rank
+            batch = self._collate(plan[min(place, len(plan) - 1)])
+            mine.append(batch if place < len(plan) else _silent(batch))
+        return StepBatch(mine, total)
+
+    def steps(self, epoch: int, start: int = 0) -> Iterator[StepBatch]:
+        """Steps of an epoch from `start` on, prepared ahead by `num_workers` processes."""
+        count = self.steps_per_epoch(epoch)  # plans before the workers fork, so that they share it
+        if self.num_workers == 0:
+            yield from (self.step(epoch, index) for index in range(start, count))
+            return
+        yield from DataLoader(
+            _Steps(self, epoch, start, count),
+            batch_size=None,
+            num_workers=self.num_workers,
+            multiprocessing_context="fork",
+        )
+
+    def units(self, epoch: int) -> list[list[Order]]:
+        """The plan of an epoch: micro-batches of units, each unit the documents of one row."""
+        return self._micro_batches(epoch)
+
+    def _plan(self, epoch: int) -> list[list[Order]]:
+        rng = np.random.default_rng([self.seed, epoch])
+        documents = self._documents(rng)
+        size = self.micro_batch_size
+        if self.packing:
+            packs = pack(self.data.lengths, documents, self.max_length, rng)
+            return [packs[start : start + size] for start in range(0, len(packs), size)]
+        if self.group_by_length:
+            mega = MEGABATCH * size * self.accumulation * self.world_size
+            chunks = [documents[start : start + mega] for start in range(0, len(documents), mega)]
+            documents = np.concatenate([c[np.argsort(-self.data.lengths[c], kind="stable")] for c in chunks])
+        batches = [documents[start : start + size] for start in range(0, len(documents), size)]
+        if self.group_by_length:
+            batches = [batches[place] for place in rng.permutation(len(batches))]
+        return [list(batch.reshape(-1, 1)) for batch in batches]
+
+    def _documents(self, rng: np.random.Generator) -> Order:
+        """Every document as often as its source's weight says, shuffled; a fraction is drawn anew."""
+        whole = np.floor(self.data.repeats).astype(np.int64)
+        extra = rng.random(len(whole)) < self.data.repeats - whole
+        return rng.permutation(np.repeat(np.arange(len(whole)), whole + extra))
+
+    def _collate(self, units: Sequence[Order]) -> Batch:
+        """One row per unit. Without packing, rows are as long as the longest, rounded up to 8 tokens."""
+        longest = max(int(self.data.lengths[unit].sum()) for unit in units)
+        width = self.max_length if self.packing else min(self.max_length, -(-longest // 8) * 8)
+        return collate(self.data, units, width, self.pad_id)
+
+
+def collate(data: TokenizedData, units: Sequence[Order], width: int, pad_id: int) -> Batch:
+    """A Batch of `len(units)` rows of `width` tokens, the documents of a unit one after another."""
+    shape = (len(units), width)
+    input_ids = np.full(shape, pad_id, dtype=np.int64)
+    loss_weights = np.zeros(shape, dtype=np.float32)
+    position_ids = np.zeros(shape, dtype=np.int64)
+    document_ids = np.full(shape, -1, dtype=np.int32)
+    for row, unit in enumerate(units):
+        at = 0
+        for number, index in enumerate(unit):
+            document = data.document(int(index))
+            span = slice(at, at := at + len(document.ids))
+            input_ids[row, span] = document.ids
+            loss_weights[row, span] = document.weights
+            position_ids[row, span] = np.arange(len(document.ids))
+            document_ids[row, span] = number
+    labels = np.where(loss_weights > 0, input_ids, IGNORE)
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        loss_weights=torch.from_numpy(loss_weights),
+        position_ids=torch.from_numpy(position_ids),
+        document_ids=torch.from_numpy(document_ids),
+        rows=tuple(int(index) for unit in units for index in unit),
+    )
+
+
+def _silent(batch: Batch) -> Batch:
+    """The same tokens, teaching nothing."""
+    return replace(
+        batch,
+        labels=torch.full_like(batch.labels, IGNORE),
+        loss_weights=torch.zeros_like(batch.loss_weights),
+        rows=(),
+    )
+
+
+class _Steps(Dataset[StepBatch]):
+    """Steps of one epoch for torch's DataLoader, which forks the workers and keeps the order."""
+
+    def __init__(self, loader: Loader, epoch: int, start: int, count: int) -> None:
+        self.loader, self.epoch, self.start, self.count = loader, epoch, start, count
+
+    def __len__(self) -> int:
+        return self.count - self.start
+
+    def __getitem__(self, index: int) -> StepBatch:
+        return self.loader.step(self.epoch, self.start + index)
