@@ -71,7 +71,7 @@ def _refuse_foreign(folder: Path, config: RunConfig) -> None:
     file = folder / CONFIG_FILE
     if not file.is_file():
         try:
-            strangers = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+            strangers = sorted(p.name for p in folder.iterdir() if p.name[0] != ".") if folder.is_dir() else []
         except PermissionError as error:
             raise CheckpointError(
                 f"output_dir: {folder} {_reason(error)}; set output_dir elsewhere"
