@@ -75,7 +75,7 @@ def generate(
         for start in range(0, len(order), sampling.batch_size):
             rows = order[start : start + sampling.batch_size]
             input_ids, mask = pad_left([prompts[row] for row in rows], pad_id)
-            output = model.generate(  # type: ignore[operator]  # torch's Module.__getattr__ hides it
+            output = model.generate(
                 input_ids=input_ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 generation_config=config,

@@ -16,11 +16,13 @@ class Question:
         prompt_ids: the prompt as the model sees it, up to where the answer begins.
         reference: the right answer, without stop tokens.
         text: the prompt as a person would like to read it.
+        source: the data it came from, where several are measured together.
     """
 
     prompt_ids: tuple[int, ...]
     reference: str
     text: str
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,13 @@ class MatchScore:
         if not all(_is_json(answer.question.reference) for answer in self.answers):
             return None
         return sum(answer.json_equal for answer in self.answers) / len(self.answers)
+
+    def by_source(self) -> dict[str, MatchScore]:
+        """The score on each source alone, in order of appearance."""
+        groups: dict[str, list[Answer]] = {}
+        for answer in self.answers:
+            groups.setdefault(answer.question.source, []).append(answer)
+        return {source: MatchScore(tuple(answers)) for source, answers in groups.items()}
 
 
 def match(questions: Sequence[Question], texts: Sequence[str]) -> MatchScore:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -30,6 +31,9 @@ class Scores:
             found |= {"exact_match": self.match.exact, "questions": len(self.match.answers)}
             if self.match.json_equal is not None:
                 found["json_match"] = self.match.json_equal
+            sources = self.match.by_source()
+            if len(sources) > 1:
+                found["exact_match_by_source"] = {name: part.exact for name, part in sources.items()}
         return found
 
 
@@ -56,10 +60,26 @@ def comparison(base: Scores, tuned: Scores, examples: int, title: str = "held-ou
     for key, (label, form) in _ROWS.items():
         if key in left or key in right:
             table.add_row(label, *(form.format(side[key]) if key in side else "-" for side in (left, right)))
+        if key == "exact_match":
+            sides = [side.get("exact_match_by_source", {}) for side in (left, right)]
+            for name in sides[1]:
+                shares = (f"{side[name]:.1%}" if name in side else "-" for side in sides)
+                table.add_row(f"  {Path(name).name}", *shares)
     parts: list[RenderableType] = [table]
     if base.match is not None and tuned.match is not None and examples > 0:
         parts.append(_side_by_side(base.match, tuned.match, examples))
     return Group(*parts)
+
+
+def markdown(base: Scores, tuned: Scores) -> str:
+    """The numbers of `comparison` as a Markdown table, for the model card."""
+    left, right = base.as_dict(), tuned.as_dict()
+    lines = ["| | base | tuned |", "|---|---:|---:|"]
+    for key, (label, form) in _ROWS.items():
+        if key in left or key in right:
+            cells = (form.format(side[key]) if key in side else "-" for side in (left, right))
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def show(renderable: RenderableType, console: Console | None = None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -11,35 +10,15 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_trainer.data.batch import Batch
 from qlora_trainer.evaluate.generate import Sampling, generate
-from qlora_trainer.evaluate.match import Question, match
+from qlora_trainer.evaluate.held_out import HeldOut
+from qlora_trainer.evaluate.match import match
 from qlora_trainer.evaluate.perplexity import evaluating, measure_loss
-from qlora_trainer.evaluate.questions import questions
 from qlora_trainer.evaluate.report import Scores
 from qlora_trainer.inference.stop import pad_id
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What is measured on.
-
-    Attributes:
-        batches: held-out rows; kept in memory, for base and tuned see the same.
-        questions: what to ask; empty for no task.
-    """
-
-    batches: Sequence[Batch]
-    questions: Sequence[Question] = field(default_factory=list)
-
-    @classmethod
-    def of(
-        cls, batches: Sequence[Batch], tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], task: str
-    ) -> HeldOut:
-        """`task`: none | exact_match, which asks each document's last answer."""
-        return cls(batches, questions(batches, tokenizer, stop_ids) if task == "exact_match" else [])
 
 
 def score(

@@ -12,8 +12,10 @@ In: the trained PeftModel, its tokenizer and plain values. Out: the folder, whol
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -80,6 +82,8 @@ def export_adapter(
     folder: Path,
     trained: TrainedOn,
     *,
+    chat_template: str | None = None,
+    stop_token_ids: Sequence[int] = (),
     data: list[str] | None = None,
     settings: dict[str, Any] | None = None,
     measured: str = "",
@@ -88,6 +92,8 @@ def export_adapter(
     """Publishes `folder`, replacing one of that name, and returns it.
 
     Args:
+        chat_template: the Jinja text that training rendered with, if not the tokenizer's own.
+        stop_token_ids: what ends an answer, beside the tokenizer's and the base's own.
         data: names of the data, for the card.
         settings: the run's configuration as nested plain values, for the card.
         measured: a Markdown table for the card.
@@ -97,7 +103,10 @@ def export_adapter(
     """
     state = {name: tensor.contiguous() for name, tensor in peft.get_peft_model_state_dict(model).items()}
     base = cast(PreTrainedModel, model.get_base_model())
-    stops = stop_ids(tokenizer, base.generation_config)
+    if chat_template is not None:
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_template = chat_template
+    stops = sorted({*stop_ids(tokenizer, base.generation_config), *stop_token_ids})
     card = Card(
         title=title or folder.resolve().parent.name,
         base=trained.source,

@@ -69,7 +69,7 @@ class Chat:
         prompt = prompt_ids(self.tokenizer, turn)
         ids = torch.tensor([prompt], device=self.model.device)
         with torch.inference_mode():
-            output = self.model.generate(  # type: ignore[operator]
+            output = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=self.config,
@@ -105,7 +105,7 @@ class _Pieces(TextStreamer):
     """Hands each finished piece of text on instead of printing it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._write = write
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:

@@ -1,0 +1,52 @@
+"""`evaluate` and `chat` on a finished run, through the command line."""
+
+import io
+import json
+
+import pytest
+
+from qlora_trainer.__main__ import main
+from tests.export import runs
+
+ROWS = [
+    {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": str(n)}]}
+    for n in range(6)
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    run = runs.make(folder)
+    rows = folder / "rows.json"
+    rows.write_text(json.dumps(ROWS))
+    (run.adapter.parent / "config.yaml").write_text(
+        f"model: {{model_name_or_path: {run.base}}}\n"
+        f"data: {{path: {rows}, eval_path: {rows}, cache_dir: {folder / 'cache'}}}\n"
+        "evaluate: {task: exact_match, max_new_tokens: 4, max_rows: 4, examples: 2}\n"
+        "chat: {max_new_tokens: 6}\n"
+    )
+    return run
+
+
+def test_evaluate_shows_and_stores_base_beside_tuned(finished, capsys):
+    folder = finished.adapter.parent
+    assert main(["evaluate", f"run={folder}"]) == 0
+    found = json.loads((folder / "evaluation.json").read_text())
+    assert found["base"]["tokens"] == found["tuned"]["tokens"] > 0
+    assert found["base"]["loss"] != found["tuned"]["loss"]
+    assert found["tuned"]["questions"] == 4 and found["tuned"]["exact_match"] == 0
+    printed = capsys.readouterr().out
+    assert f"{found['tuned']['perplexity']:.2f}" in printed and "say 2" in printed
+
+
+def test_chat_answers_each_line_of_a_pipe(finished, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/reset\nhello\n"))
+    assert main(["chat", f"run={finished.adapter.parent}"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second and first
+
+
+def test_a_run_that_is_not_there_ends_in_one_line(tmp_path, capsys):
+    assert main(["chat", f"run={tmp_path / 'none'}"]) == 66
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
