@@ -2,18 +2,40 @@
 
 Comes in: `DataOptions` and a tokenizer. Goes out: `TokenizedData` and, from it, `Batch`es by step number.
 
-    options = DataOptions(**vars(config.data))
+    options = DataOptions(path="alpaca.json")
     data = load_tokenized(options, tokenizer, max_length=512, seed=42)
     loader = Loader(data, micro_batch_size=4, accumulation=4, max_length=512, packing=False, …)
     loader.step(epoch=0, index=17)
+
+options.py   what the room is told            rows.py      files to rows, with their lines
+sources.py   files, folders, hub, built-in    formats.py   rows to checked examples
+chat.py      templates, and where turns lie   encode.py    examples to ids and loss weights
+store.py     documents on disk                build.py     all of the above behind one cached call
+packing.py   documents to packs               loader.py    (seed, epoch, index) to batches
 """
 
-from qlora_trainer.data.batch import IGNORE, Batch
-from qlora_trainer.data.build import load_tokenized, tokenizer_fingerprint
-from qlora_trainer.data.loader import Loader, StepBatch
-from qlora_trainer.data.options import DataOptions, Source
-from qlora_trainer.data.store import Prompt, TokenizedData
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from qlora_trainer.data.batch import IGNORE, Batch
+    from qlora_trainer.data.build import load_tokenized, tokenizer_fingerprint
+    from qlora_trainer.data.loader import Loader, StepBatch
+    from qlora_trainer.data.options import DataOptions, Source
+    from qlora_trainer.data.store import Prompt, TokenizedData
+
+_HOMES = {
+    "IGNORE": "batch",
+    "Batch": "batch",
+    "DataOptions": "options",
+    "Loader": "loader",
+    "Prompt": "store",
+    "Source": "options",
+    "StepBatch": "loader",
+    "TokenizedData": "store",
+    "load_tokenized": "build",
+    "tokenizer_fingerprint": "build",
+}
 __all__ = [
     "IGNORE",
     "Batch",
@@ -26,3 +48,10 @@ __all__ = [
     "load_tokenized",
     "tokenizer_fingerprint",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imported when first used: checking options must not wait for torch and transformers."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
