@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 from qlora_trainer.checkpoint.disk import atomic_write
+from qlora_trainer.commands import wiring
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.config.watch import as_dict
-from qlora_trainer.data import DataOptions, TokenizedData, load_tokenized
+from qlora_trainer.data import TokenizedData
 from qlora_trainer.errors import DataError
 from qlora_trainer.evaluate.generate import Sampling
-from qlora_trainer.evaluate.held_out import held_out
+from qlora_trainer.evaluate.held_out import HeldOut
 from qlora_trainer.evaluate.report import comparison, show
 from qlora_trainer.evaluate.score import score_base_and_tuned
 from qlora_trainer.inference.load import Loaded, find_adapter, load
@@ -25,7 +25,7 @@ def run(config: RunConfig) -> None:
     find_adapter(folder)  # before anything heavy
     loaded = load(folder, device=config.model.device)
     wanted = config.evaluate
-    rows = held_out(
+    rows = HeldOut.of(
         eval_data(config, loaded),
         loaded.tokenizer,
         pad_id(loaded.tokenizer, loaded.stop_ids),
@@ -59,11 +59,9 @@ def eval_data(config: RunConfig, loaded: Loaded) -> TokenizedData:
     Raises:
         DataError: the run holds nothing out.
     """
-    options = DataOptions(**as_dict(config.data))
-    if not options.has_eval:
+    data = wiring.load_data(config, loaded.tokenizer, "eval")
+    if data is None:
         raise DataError(
             f"{run_folder(config)}: nothing is held out; set data.eval_path=FILE or data.eval_fraction=0.1"
         )
-    return load_tokenized(
-        options, loaded.tokenizer, max_length=config.train.max_length, seed=config.seed, role="eval"
-    )
+    return data

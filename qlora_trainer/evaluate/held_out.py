@@ -25,36 +25,37 @@ class HeldOut:
     batches: Sequence[Batch]
     questions: Sequence[Question] = field(default_factory=list)
 
+    @classmethod
+    def of(
+        cls,
+        data: TokenizedData,
+        tokenizer: PreTrainedTokenizerBase,
+        pad_id: int,
+        *,
+        task: str = "none",
+        max_rows: int | None = None,
+        batch_size: int = 8,
+    ) -> HeldOut:
+        """The first `max_rows` documents (all by default), and their prompts if there is a task.
 
-def held_out(
-    data: TokenizedData,
-    tokenizer: PreTrainedTokenizerBase,
-    pad_id: int,
-    *,
-    task: str = "none",
-    max_rows: int | None = None,
-    batch_size: int = 8,
-) -> HeldOut:
-    """The first `max_rows` documents (all by default), and their prompts if there is a task.
-
-    Args:
-        task: none | exact_match, which asks for each document's last answer.
-        batch_size: documents in a batch; those of like length share one, so little is padding.
-    """
-    rows = np.argsort(data.lengths[:max_rows], kind="stable")
-    batches = [
-        collate(data, list(group.reshape(-1, 1)), int(data.lengths[group].max()), pad_id)
-        for group in np.array_split(rows, -(-len(rows) // batch_size))
-    ]
-    if task == "none":
-        return HeldOut(batches)
-    asked = [
-        Question(
-            prompt_ids=tuple(prompt.ids),
-            reference=prompt.reference,
-            text=str(tokenizer.decode(prompt.ids, skip_special_tokens=True)).strip(),
-            source=prompt.where.rpartition(":")[0],
-        )
-        for prompt in data.prompts(tokenizer, max_rows)
-    ]
-    return HeldOut(batches, asked)
+        Args:
+            task: none | exact_match, which asks for each document's last answer.
+            batch_size: documents in a batch; those of like length share one, so little is padding.
+        """
+        rows = np.argsort(data.lengths[:max_rows], kind="stable")
+        batches = [
+            collate(data, list(group.reshape(-1, 1)), int(data.lengths[group].max()), pad_id)
+            for group in np.array_split(rows, -(-len(rows) // batch_size))
+        ]
+        if task == "none":
+            return cls(batches)
+        asked = [
+            Question(
+                prompt_ids=tuple(prompt.ids),
+                reference=prompt.reference,
+                text=str(tokenizer.decode(prompt.ids, skip_special_tokens=True)).strip(),
+                source=prompt.where.rpartition(":")[0],
+            )
+            for prompt in data.prompts(tokenizer, max_rows)
+        ]
+        return cls(batches, asked)

@@ -1,7 +1,7 @@
 import json
 
 from qlora_trainer.data import DataOptions, load_tokenized
-from qlora_trainer.evaluate.held_out import held_out
+from qlora_trainer.evaluate.held_out import HeldOut
 from tests import tiny
 
 
@@ -15,12 +15,12 @@ def test_batches_and_questions_show_the_same_rows(tmp_path):
     tokenizer = tiny.tokenizer()
     options = DataOptions(eval_path=str(path), path=str(path))
     data = load_tokenized(options, tokenizer, max_length=128, role="eval", cache_dir=tmp_path)
-    found = held_out(data, tokenizer, 0, task="exact_match", batch_size=2)
+    found = HeldOut.of(data, tokenizer, 0, task="exact_match", batch_size=2)
     assert [question.reference for question in found.questions] == ["eins", "zwei", "drei"]
     assert "two?" in found.questions[1].text and found.questions[1].source == str(path)
     assert sorted(row for batch in found.batches for row in batch.rows) == [0, 1, 2]
     assert sum(batch.n_supervised for batch in found.batches) == data.n_supervised
     assert min(batch.input_ids.shape[1] for batch in found.batches) < data.lengths.max()
-    first = held_out(data, tokenizer, 0, task="exact_match", max_rows=1)
+    first = HeldOut.of(data, tokenizer, 0, task="exact_match", max_rows=1)
     assert len(first.questions) == 1 and first.batches[0].rows == (0,)
-    assert held_out(data, tokenizer, 0).questions == []
+    assert HeldOut.of(data, tokenizer, 0).questions == []
