@@ -1,0 +1,54 @@
+"""`plan`: what a run will need and take; neither a GPU nor weights are needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.plan import hardware, screen, shapes
+from qlora_trainer.plan.plan import RunPlan, check, make_plan
+from qlora_trainer.plan.settings import DataFacts
+
+
+def run(config: RunConfig) -> None:
+    """Print the plan and write plan.json.
+
+    Raises:
+        ConfigError: the run cannot fit; after the plan has been shown.
+    """
+    plan = plan_of(config)
+    screen.show(plan, Console())
+    folder = Path(str(config.output_dir))
+    folder.mkdir(parents=True, exist_ok=True)
+    screen.write(plan, folder / "plan.json")
+    check(plan)
+
+
+def plan_of(config: RunConfig, data: DataFacts | None = None, world_size: int = 1) -> RunPlan:
+    """The plan of `config` on the machine that `plan.gpu` names, or on this one.
+
+    Raises:
+        MissingInputError: the model's config.json is not there.
+    """
+    return make_plan(config, machine(config), shape_of(config), data, world_size)
+
+
+def machine(config: RunConfig) -> hardware.Hardware:
+    """What `plan.gpu` describes, else the device that the run would take here."""
+    if config.plan.gpu is not None:
+        return hardware.parse(config.plan.gpu)
+    from qlora_trainer.model.load import pick_device
+
+    return hardware.detect(pick_device(config.model.device).type, Path(str(config.output_dir)))
+
+
+def shape_of(config: RunConfig) -> shapes.ModelShape:
+    from qlora_trainer.model.source import read_config, resolve
+
+    name = str(config.model.model_name_or_path)
+    folder = Path(resolve(name, config.model.revision))
+    if folder.is_dir():
+        return shapes.from_folder(folder)
+    return shapes.from_config(read_config(name, config.model.revision))

@@ -1,0 +1,244 @@
+"""Bytes on the device, phase by phase and part by part.
+
+In: shape, settings, and what `choose.py` chose. Out: `Phase`s. What PyTorch calls allocated is the sum of
+all parts but `context`; tests compare it with the bytes of real small models.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qlora_trainer.plan.activations import saved_bytes, working_bytes
+from qlora_trainer.plan.settings import Settings
+from qlora_trainer.plan.shapes import Linear, ModelShape
+
+MIB = 1 << 20
+BLOCK = 64  # elements that share a 4-bit scale (bitsandbytes' default)
+NESTED_BLOCK = 256  # scales that share a second-level scale
+STATE_BLOCK = 256  # elements that share an 8-bit moment's scale (optim/eight_bit.py)
+PAGE_ELEMENTS, SLOTS = 1 << 21, 3  # optim/pages.py
+HEAD_CHUNK_BYTES = 256 * MIB  # logits of one chunk on the fast path
+CUBLAS_WORKSPACE = 65 * MIB  # 32 MiB each for cuBLAS and cuBLASLt on Hopper
+CONTEXT = {"cuda": 500 * MIB, "cpu": 0}  # CUDA context, kernels, cuDNN; outside PyTorch's allocator
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Peak of one phase, in bytes by part."""
+
+    name: str
+    parts: dict[str, int]
+
+    @property
+    def allocated(self) -> int:
+        """What `torch.cuda.max_memory_allocated` would say."""
+        return sum(self.parts.values()) - self.parts.get("context", 0)
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """What is there from loading to the end, in bytes."""
+
+    base_weights: int
+    quantization_constants: int
+    embeddings_and_head: int
+    adapter: int
+    gradients: int
+
+
+def is_quantized(settings: Settings) -> bool:
+    return settings.method != "none"
+
+
+def constants_bytes(linear: Linear, settings: Settings) -> int:
+    """Scales of one 4-bit weight, and its two small code books, as bitsandbytes' QuantState holds them."""
+    blocks = -(-linear.numel // BLOCK)
+    if settings.method == "int8":
+        return 4 * linear.out_features
+    if settings.method not in ("nf4", "fp4"):
+        return 0
+    if not settings.double_quant:
+        return _allocation(4 * blocks) + _allocation(16 * 4)
+    nested = -(-blocks // NESTED_BLOCK)
+    return sum(_allocation(size) for size in (blocks, 4 * nested, 4, 16 * 4, 256 * 4))
+
+
+def _allocation(size: int) -> int:
+    """What PyTorch's CUDA allocator hands out for `size` bytes."""
+    return -(-size // 512) * 512
+
+
+def adapter_parameters(shape: ModelShape, settings: Settings) -> int:
+    """Trainable elements: A [r, in] and B [out, r] of every target, DoRA's magnitudes, whole modules."""
+    targets = shape.targets(settings.target_modules)
+    count = sum(settings.r * (x.in_features + x.out_features) for x in targets)
+    if settings.dora:
+        count += sum(x.out_features for x in targets)
+    for module in settings.modules_to_save:
+        count += shape.head_numel if module in ("embed_tokens", "lm_head", "wte") else 0
+        count += sum(x.numel for x in shape.linears if x.name == module)
+    return count
+
+
+def fixed(shape: ModelShape, settings: Settings) -> Fixed:
+    bytes_each = {"nf4": 0.5, "fp4": 0.5, "int8": 1.0, "gptq": 0.5, "awq": 0.5}
+    each = bytes_each.get(settings.method, settings.dtype_bytes)
+    trained = adapter_parameters(shape, settings)
+    return Fixed(
+        base_weights=int(sum(x.numel for x in shape.linears) * each),
+        quantization_constants=sum(constants_bytes(x, settings) for x in shape.linears),
+        embeddings_and_head=settings.dtype_bytes * (shape.embedding + shape.head + shape.other),
+        adapter=settings.adapter_bytes * trained,
+        gradients=4 * trained,
+    )
+
+
+def state_bytes(elements: int, state_bits: int) -> int:
+    """Master and two moments of `elements` parameters."""
+    moment = 4.0 if state_bits == 32 else 1 + 4 / STATE_BLOCK
+    return int(elements * (4 + 2 * moment))
+
+
+def slot_bytes(settings: Settings) -> int:
+    """The device slots that pages travel through, once any page is on the host."""
+    return SLOTS * state_bytes(PAGE_ELEMENTS, settings.state_bits)
+
+
+def largest_group(shape: ModelShape) -> int:
+    """Elements of the largest weight that is dequantized at once: q, k, v together, or gate and up.
+
+    The fast path shares one workspace of this size; the reference path dequantizes layer by layer.
+    """
+    groups: Counter[str] = Counter()
+    for linear in shape.linears:
+        if linear.layer == 0:
+            groups[_group(linear.name)] += linear.numel
+    return max(groups.values(), default=0)
+
+
+def _group(name: str) -> str:
+    if name in ("q_proj", "k_proj", "v_proj"):
+        return "qkv"
+    return "gate_up" if name in ("gate_proj", "up_proj") else name
+
+
+def workspace_bytes(shape: ModelShape, settings: Settings) -> int:
+    if not is_quantized(settings):
+        return 0
+    if settings.fast:
+        return settings.dtype_bytes * largest_group(shape)
+    largest = max((x.numel for x in shape.linears), default=0)
+    # bitsandbytes restores the scales of the weight in float32, then makes the 16-bit weight.
+    return largest * settings.dtype_bytes + 4 * (largest // BLOCK)
+
+
+def logits_bytes(shape: ModelShape, settings: Settings, *, backward: bool) -> int:
+    """Peak of the LM head and the loss, on labelled tokens."""
+    n, s = settings.labelled, settings.dtype_bytes
+    if settings.fast:  # chunks whose logits become their own gradient; hidden states and their gradient
+        chunk = min(n * shape.vocab * s, HEAD_CHUNK_BYTES)
+        return chunk + 2 * n * shape.hidden * s
+    wide = 4 * n * shape.vocab
+    if not backward:
+        return s * n * shape.vocab + wide * (2 if s == 2 else 1)
+    return 3 * wide  # log-probabilities, their gradient, and that of the float32 logits
+
+
+def step_phase(
+    shape: ModelShape,
+    settings: Settings,
+    base: Fixed,
+    policies: Sequence[str],
+    resident_state: int,
+    slots: int,
+) -> Phase:
+    """One micro-batch, forward and backward, at its largest."""
+    tokens = settings.tokens
+    saved = sum(saved_bytes(shape, settings, policy) for policy in policies)
+    # While a layer goes backward, what its policy did not keep is there again, of this layer alone.
+    recomputed = saved_bytes(shape, settings, "none") - min(
+        saved_bytes(shape, settings, policy) for policy in set(policies)
+    )
+    layer = tokens * (recomputed + working_bytes(shape, settings))
+    logits = logits_bytes(shape, settings, backward=True)
+    return Phase(
+        "step",
+        {
+            **_parts(base, settings, resident_state + slots),
+            "activations": tokens * saved + max(0, layer - logits),
+            "logits": logits,
+            "workspace": workspace_bytes(shape, settings) + _cublas(settings),
+        },
+    )
+
+
+def evaluation_phase(
+    shape: ModelShape, settings: Settings, base: Fixed, resident_state: int, slots: int
+) -> Phase:
+    """A forward pass without saving anything but what one layer has in hand."""
+    return Phase(
+        "evaluation",
+        {
+            **_parts(base, settings, resident_state + slots),
+            "activations": settings.tokens * working_bytes(shape, settings),
+            "logits": logits_bytes(shape, settings, backward=False),
+            "workspace": workspace_bytes(shape, settings) + _cublas(settings),
+        },
+    )
+
+
+def phases(
+    shape: ModelShape, settings: Settings, policies: Sequence[str], resident_state: int, slots: int
+) -> tuple[Phase, ...]:
+    """All phases of a run, in order."""
+    base = fixed(shape, settings)
+    found = [load_phase(shape, settings, base)]
+    found.append(step_phase(shape, settings, base, policies, resident_state, slots))
+    if settings.evaluates:
+        found.append(evaluation_phase(shape, settings, base, resident_state, slots))
+    found.append(save_phase(settings, base, resident_state, slots))
+    if settings.merges:
+        found.append(merge_phase(shape, settings, base))
+    return tuple(found)
+
+
+def load_phase(shape: ModelShape, settings: Settings, base: Fixed) -> Phase:
+    """Weights arrive one by one and are quantized on the device: the largest is there twice."""
+    largest = max((x.numel for x in shape.linears), default=0)
+    parts = _parts(base, settings, 0) | {"adapter": 0, "gradients": 0}
+    return Phase(
+        "load", {**parts, "workspace": 2 * settings.dtype_bytes * largest if is_quantized(settings) else 0}
+    )
+
+
+def save_phase(settings: Settings, base: Fixed, resident_state: int, slots: int) -> Phase:
+    """State is copied to the host piece by piece; nothing is added on the device."""
+    return Phase("save", {**_parts(base, settings, resident_state + slots), "workspace": _cublas(settings)})
+
+
+def merge_phase(shape: ModelShape, settings: Settings, base: Fixed) -> Phase:
+    """Layers are dequantized and merged one at a time, in float32."""
+    largest = max((x.numel for x in shape.linears), default=0)
+    return Phase("merge", {**_parts(base, settings, 0), "gradients": 0, "workspace": 3 * 4 * largest})
+
+
+def _parts(base: Fixed, settings: Settings, optimizer: int) -> dict[str, int]:
+    return {
+        "base weights": base.base_weights,
+        "quantization constants": base.quantization_constants,
+        "embeddings, head, norms": base.embeddings_and_head,
+        "adapter": base.adapter,
+        "gradients": base.gradients,
+        "optimizer": optimizer,
+        "context": CONTEXT[settings.device],
+    }
+
+
+def _cublas(settings: Settings) -> int:
+    return CUBLAS_WORKSPACE if settings.device == "cuda" else 0

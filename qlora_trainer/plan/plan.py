@@ -1,0 +1,236 @@
+"""RunConfig, hardware and shape -> RunPlan: will it fit, how, and how long will it take.
+
+Pure and quick: nothing is loaded, no device is touched. `check` is what a run calls before loading.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.errors import ConfigError
+from qlora_trainer.plan import memory
+from qlora_trainer.plan import settings as settings_module
+from qlora_trainer.plan.activations import saved_bytes
+from qlora_trainer.plan.changes import Change, cheapest
+from qlora_trainer.plan.choose import Choice, budget, choose
+from qlora_trainer.plan.hardware import GIB, Hardware
+from qlora_trainer.plan.settings import DataFacts, Settings
+from qlora_trainer.plan.shapes import ModelShape
+from qlora_trainer.plan.speed import micro_batch_seconds, optimizer_seconds, token_flops
+
+MARGIN, WIDE_MARGIN = 0.05, 0.20  # of the memory prediction, for tested and for unknown architectures
+PROCESS = 3 * GIB  # RAM of Python, torch and CUDA's host side
+MANIFEST = 1 << 20  # JSON, tokenizer and manifest of a checkpoint
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Sizes in bytes, times in seconds; None where it cannot be known.
+
+    Attributes:
+        phases: peak of each phase, by part.
+        policies: activation policy of every layer, from the first.
+        optimizer_resident: optimizer bytes that stay on the device, to hand to the optimizer.
+        host, disk: RAM and disk, by part.
+        tokens_per_step: of all ranks, padding included, on average.
+        changes: if it does not fit, the three cheapest ways out.
+    """
+
+    hardware: Hardware
+    model_type: str
+    parameters: int
+    trainable: int
+    path: str
+    phases: tuple[memory.Phase, ...]
+    policies: tuple[str, ...]
+    optimizer_resident: int
+    host: dict[str, int]
+    disk: dict[str, int]
+    rows: int
+    accumulation: int
+    world_size: int
+    length: int
+    tokens_per_step: float
+    steps: int | None
+    seconds_per_step: float | None
+    tokens_per_second: float | None
+    flops_per_token: float
+    margin: float
+    budget: int
+    fits: bool
+    changes: tuple[Change, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def peak(self) -> memory.Phase:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda phase: phase.total)
+
+    @property
+    def seconds(self) -> float | None:
+        """The whole run, without loading and evaluation."""
+        if self.steps is None or self.seconds_per_step is None:
+            return None
+        return self.steps * self.seconds_per_step
+
+    def policy_summary(self) -> str:
+        """`none`, or `mlp in layers 0-11, none in 12-31`."""
+        runs, first = [], 0
+        for policy, layers in groupby(self.policies):
+            count = len(list(layers))
+            runs.append((policy, first, first + count - 1))
+            first += count
+        if len(runs) == 1:
+            return runs[0][0]
+        return ", ".join(f"{policy} in layers {a}-{b}" for policy, a, b in runs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """plan.json."""
+        return dataclasses.asdict(self) | {"peak_allocated": max(p.allocated for p in self.phases)}
+
+
+def make_plan(
+    config: RunConfig,
+    hardware: Hardware,
+    shape: ModelShape,
+    data: DataFacts | None = None,
+    world_size: int = 1,
+) -> RunPlan:
+    """The plan of one run. Without `data`, every row counts as full and every token as labelled."""
+    settings = settings_module.from_config(config, hardware, shape, data, world_size)
+    choice = choose(shape, settings, hardware)
+    phases = memory.phases(shape, settings, choice.policies, choice.resident_state, choice.slots)
+    room = budget(hardware)
+    peak = max(phase.total for phase in phases)
+    fits = peak <= room
+    micro = micro_batch_seconds(shape, settings, hardware, choice.policies)
+    update = optimizer_seconds(shape, settings, hardware, choice.host_state)
+    seconds = None if micro is None or update is None else micro * settings.accumulation + update
+    tokens = settings.rows * settings.mean_length * settings.accumulation * world_size
+    return RunPlan(
+        hardware=hardware,
+        model_type=shape.model_type,
+        parameters=shape.parameters,
+        trainable=memory.adapter_parameters(shape, settings),
+        path="fast" if settings.fast else "reference",
+        phases=phases,
+        policies=choice.policies,
+        optimizer_resident=choice.resident_state,
+        host=_host(shape, settings, choice, data),
+        disk=_disk(shape, settings),
+        rows=settings.rows,
+        accumulation=settings.accumulation,
+        world_size=world_size,
+        length=settings.length,
+        tokens_per_step=tokens,
+        steps=_steps(config, settings, data),
+        seconds_per_step=seconds,
+        tokens_per_second=tokens / seconds if seconds else None,
+        flops_per_token=token_flops(shape, settings, choice.policies),
+        margin=MARGIN if shape.exact else WIDE_MARGIN,
+        budget=room,
+        fits=fits,
+        changes=() if fits else cheapest(shape, settings, hardware),
+        notes=_notes(shape, settings, hardware, data),
+    )
+
+
+def check(plan: RunPlan) -> None:
+    """Refuse to load what cannot fit.
+
+    Raises:
+        ConfigError: with the numbers and the changes that would help.
+    """
+    if plan.fits:
+        return
+    peak = plan.peak
+    changes = "; ".join(
+        f"{c.overrides} ({'' if c.fits else 'still '}{c.peak / GIB:.1f} GiB)" for c in plan.changes
+    )
+    raise ConfigError(
+        f"the {peak.name} would need {peak.total / GIB:.1f} GiB and {plan.hardware.name} has "
+        f"{plan.budget / GIB:.1f} GiB to use; the cheapest changes: {changes or 'a smaller model'}"
+    )
+
+
+def compare(plan: RunPlan, peak_allocated: int | None, tokens_per_second: float | None) -> list[str]:
+    """Predicted beside measured, a line each, for the end of a run; says so when the plan was off."""
+    lines = []
+    predicted = max(phase.allocated for phase in plan.phases)
+    if peak_allocated:
+        lines.append(
+            _beside("peak memory", predicted / GIB, peak_allocated / GIB, "GiB allocated", plan.margin)
+        )
+    if tokens_per_second and plan.tokens_per_second:
+        lines.append(_beside("speed", plan.tokens_per_second, tokens_per_second, "tokens/s", 0.20))
+    return lines
+
+
+def _beside(what: str, predicted: float, measured: float, unit: str, margin: float) -> str:
+    error = predicted / measured - 1
+    verdict = f" - off by more than {margin:.0%}" if abs(error) > margin else ""
+    return f"{what}: predicted {predicted:,.4g}, measured {measured:,.4g} {unit} ({error:+.1%}){verdict}"
+
+
+def _host(shape: ModelShape, settings: Settings, choice: Choice, data: DataFacts | None) -> dict[str, int]:
+    trained = memory.adapter_parameters(shape, settings)
+    largest = max((x.numel for x in shape.linears), default=0)
+    offloaded = sum(policy == "offload" for policy in choice.policies)
+    kept = saved_bytes(shape, settings, "none")
+    return {
+        "process": PROCESS if settings.device == "cuda" else PROCESS // 4,
+        "loading": 2 * max(largest, shape.embedding) * settings.dtype_bytes,
+        "optimizer pages": choice.host_state,
+        "offloaded activations": offloaded * kept * settings.tokens,
+        "checkpoint in flight": memory.state_bytes(trained, settings.state_bits)
+        + settings.adapter_bytes * trained,
+        "data": 16 * data.tokens if data else 0,
+    }
+
+
+def _disk(shape: ModelShape, settings: Settings) -> dict[str, int]:
+    trained = memory.adapter_parameters(shape, settings)
+    adapter = settings.adapter_bytes * trained
+    checkpoint = adapter + memory.state_bytes(trained, settings.state_bits) + MANIFEST
+    return {
+        # one more than are kept: the next is complete before the oldest goes
+        "checkpoints": (settings.checkpoints_kept + 1) * checkpoint,
+        "adapter": adapter + MANIFEST,
+        "merged exports": 2 * shape.parameters if settings.merges else 0,
+    }
+
+
+def _steps(config: RunConfig, settings: Settings, data: DataFacts | None) -> int | None:
+    if config.train.max_steps > 0:
+        return config.train.max_steps
+    if data is None:
+        return None
+    rows = data.documents
+    if config.train.packing:
+        rows = math.ceil(data.tokens / settings.length / 0.97)  # packs are filled to about 97%
+    per_step = settings.rows * settings.accumulation * settings.world_size
+    return math.ceil(config.train.num_train_epochs * math.ceil(rows / per_step))
+
+
+def _notes(
+    shape: ModelShape, settings: Settings, hardware: Hardware, data: DataFacts | None
+) -> tuple[str, ...]:
+    notes = []
+    if not shape.exact:
+        notes.append(
+            f"architecture {shape.model_type} is planned from its shapes: memory within {WIDE_MARGIN:.0%}"
+        )
+    if data is None:
+        notes.append("data not read: every row counted as full and every token as labelled")
+    if hardware.flops is None:
+        notes.append(f"speed of {hardware.name} is not known: no time predicted")
+    if settings.managed:
+        notes.append(
+            "bnb_paged_adamw_32bit: moments in managed memory, which the driver moves; counted as resident"
+        )
+    return tuple(notes)

@@ -1,0 +1,116 @@
+"""A plan on one screen and as plan.json; the plan itself is made elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+
+from qlora_trainer.plan.hardware import GIB
+from qlora_trainer.plan.plan import RunPlan
+
+
+def write(plan: RunPlan, path: Path) -> None:
+    """plan.json, replaced as a whole."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(plan.to_dict(), indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def show(plan: RunPlan, console: Console) -> None:
+    """Print the plan."""
+    console.print(render(plan))
+
+
+def render(plan: RunPlan) -> RenderableType:
+    parts: list[RenderableType] = [_facts(plan), _memory(plan)]
+    if plan.changes:
+        parts.append(_changes(plan))
+    parts += [f"[dim]{note}[/dim]" for note in plan.notes]
+    title = "plan: fits" if plan.fits else "[red]plan: does not fit[/red]"
+    return Panel(Group(*parts), title=title, title_align="left")
+
+
+def _facts(plan: RunPlan) -> Table:
+    table = Table.grid(padding=(0, 2))
+    share = plan.trainable / plan.parameters
+    table.add_row("model", f"{plan.model_type}, {count(plan.parameters)} parameters, {plan.path} path")
+    table.add_row("adapter", f"{count(plan.trainable)} trainable parameters ({share:.2%})")
+    table.add_row("device", f"{plan.hardware.name}, {gib(plan.hardware.memory)} GiB")
+    table.add_row("activations", plan.policy_summary())
+    ranks = f" x {plan.world_size} processes" if plan.world_size > 1 else ""
+    table.add_row(
+        "step",
+        f"{plan.rows} x {plan.length} tokens x {plan.accumulation} accumulated{ranks} = "
+        f"{plan.tokens_per_step:,.0f} tokens",
+    )
+    steps = f"{plan.steps:,} steps" if plan.steps is not None else "steps: not known before the data is read"
+    if plan.seconds_per_step is not None and plan.tokens_per_second is not None:
+        steps += f", {duration(plan.seconds_per_step)} each, {plan.tokens_per_second:,.0f} tokens/s"
+    if plan.seconds is not None:
+        steps += f", {duration(plan.seconds)} in all"
+    table.add_row("time", steps)
+    host, disk = sum(plan.host.values()), sum(plan.disk.values())
+    table.add_row("host RAM", _against(host, plan.hardware.host_memory))
+    table.add_row("disk", _against(disk, plan.hardware.disk))
+    return table
+
+
+def _against(need: int, have: int | None) -> str:
+    if have is None:
+        return f"{gib(need)} GiB"
+    text = f"{gib(need)} of {gib(have)} GiB"
+    return f"[red]{text}: not enough[/red]" if need > have else text
+
+
+def _memory(plan: RunPlan) -> Table:
+    """GiB by part (rows) and phase (columns)."""
+    names = [name for name in plan.peak.parts if any(phase.parts.get(name) for phase in plan.phases)]
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("device memory, GiB")
+    for phase in plan.phases:
+        table.add_column(phase.name, justify="right")
+    for name in names:
+        table.add_row(name, *(gib(phase.parts.get(name, 0)) for phase in plan.phases))
+    table.add_row("[dim]allocated[/dim]", *(f"[dim]{gib(phase.allocated)}[/dim]" for phase in plan.phases))
+    style = "bold" if plan.fits else "bold red"
+    table.add_row(
+        f"of {gib(plan.budget)} that may be used", *(gib(phase.total) for phase in plan.phases), style=style
+    )
+    return table
+
+
+def _changes(plan: RunPlan) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("cheapest changes")
+    table.add_column("peak GiB", justify="right")
+    table.add_column("")
+    for change in plan.changes:
+        verdict = "fits" if change.fits else "not enough alone"
+        table.add_row(change.overrides, gib(change.peak), f"{verdict}, {change.consequence}")
+    return table
+
+
+def gib(size: int) -> str:
+    """Bytes in GiB, two decimals below ten."""
+    value = size / GIB
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
+def count(number: int) -> str:
+    """8_030_261_248 -> 8.03B."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 0.53 s, 4 min, 3.2 h."""
+    if seconds < 60:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"

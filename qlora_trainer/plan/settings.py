@@ -1,0 +1,142 @@
+"""The numbers of a run that its memory and time depend on: where the configuration ends.
+
+In: a `RunConfig`, the machine, the model's shape and, once they are known, the data's token counts.
+Out: `Settings`; nothing else in this room but `plan.py` reads a `RunConfig`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.plan.hardware import GIB, Hardware
+from qlora_trainer.plan.shapes import ModelShape
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What the data says: documents, their tokens, how many have a label, the longest document."""
+
+    documents: int
+    tokens: int
+    supervised: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes in elements, bytes or tokens as named.
+
+    Attributes:
+        device: cuda or cpu.
+        fast: the fast path runs (`model/fuse.py`); otherwise transformers, PEFT and bitsandbytes.
+        rows, length: of a micro-batch at its largest, in rows and tokens a row.
+        supervised: share of its tokens that have a label (1 if not known).
+        mean_length: tokens a row on average, padding included, for the time.
+        activations: auto, or the policy of every layer.
+        optimizer_resident: bytes of paged state that may stay on the device; None: the plan chooses.
+    """
+
+    device: str
+    fast: bool
+    rows: int
+    length: int
+    accumulation: int
+    world_size: int
+    supervised: float
+    mean_length: float
+    method: str
+    double_quant: bool
+    dtype_bytes: int
+    adapter_bytes: int
+    r: int
+    target_modules: str | tuple[str, ...]
+    dora: bool
+    modules_to_save: tuple[str, ...]
+    activations: str
+    state_bits: int
+    paged: bool
+    managed: bool
+    optimizer_resident: int | None
+    evaluates: bool
+    merges: bool
+    checkpoints_kept: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch, padding included."""
+        return self.rows * self.length
+
+    @property
+    def labelled(self) -> int:
+        """Tokens of a micro-batch that the LM head runs on."""
+        return max(1, round(self.tokens * self.supervised))
+
+
+def from_config(
+    config: RunConfig,
+    hardware: Hardware,
+    shape: ModelShape,
+    data: DataFacts | None = None,
+    world_size: int = 1,
+) -> Settings:
+    """Settings of a run; `auto` is resolved as the rooms that load and train resolve it."""
+    train, quantization, lora = config.train, config.quantization, config.lora
+    dtype = config.model.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if hardware.device == "cuda" else "float32"
+    length = train.max_length
+    if data is not None and not train.packing:
+        length = min(length, data.longest)
+    targets = lora.target_modules
+    name = config.optim.name
+    resident = config.optim.resident_gib
+    return Settings(
+        device=hardware.device,
+        fast=config.model.kernels == "auto"
+        and hardware.device == "cuda"
+        and shape.exact
+        and shape.norm == "rms"
+        and quantization.method in ("nf4", "fp4", "none")
+        and not lora.use_dora
+        and lora.lora_dropout == 0,
+        rows=train.per_device_train_batch_size,
+        length=length,
+        accumulation=train.gradient_accumulation_steps,
+        world_size=world_size,
+        mean_length=_mean_length(length, config, data),
+        supervised=data.supervised / data.tokens if data is not None else 1.0,
+        method=quantization.method,
+        double_quant=quantization.bnb_4bit_use_double_quant,
+        dtype_bytes=DTYPE_BYTES[dtype],
+        adapter_bytes=DTYPE_BYTES[lora.dtype],
+        r=lora.r,
+        target_modules=targets if isinstance(targets, str) else _names(targets),
+        dora=lora.use_dora,
+        modules_to_save=tuple(lora.modules_to_save or ()),
+        activations=train.activations,
+        state_bits=8 if name.endswith("8bit") else 32,
+        paged=name.startswith("paged") and hardware.device == "cuda",
+        managed=name.startswith("bnb_paged") and hardware.device == "cuda",
+        optimizer_resident=int(resident * GIB) if resident is not None else None,
+        evaluates=config.evaluate.enabled,
+        merges=any(name not in ("adapter", "gguf_adapter") for name in config.export.format),
+        checkpoints_kept=config.checkpoint.save_total_limit,
+    )
+
+
+def _mean_length(length: int, config: RunConfig, data: DataFacts | None) -> float:
+    """Rows are full when packed; grouped or alone they carry no padding; else about half of the spread."""
+    if data is None or config.train.packing:
+        return float(length)
+    mean = min(length, data.tokens / data.documents)
+    if config.train.per_device_train_batch_size == 1 or config.train.group_by_length:
+        return mean
+    return (mean + length) / 2
+
+
+def _names(targets: Iterable[str]) -> tuple[str, ...]:
+    return tuple(str(target) for target in targets)

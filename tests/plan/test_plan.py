@@ -1,0 +1,175 @@
+"""Plans fit what fits, and say what to change where nothing does."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from rich.console import Console
+
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.errors import ConfigError
+from qlora_trainer.plan import hardware, screen
+from qlora_trainer.plan.plan import RunPlan, check, compare, make_plan
+from qlora_trainer.plan.settings import DataFacts
+from tests.plan.sizes import llama3_8b
+
+DATA = DataFacts(documents=1000, tokens=300_000, supervised=100_000, longest=900)
+
+
+def config(*overrides: tuple[str, object]) -> RunConfig:
+    made = RunConfig(output_dir="unused")
+    made.lora.r = 16
+    made.train.max_length = 2048
+    made.train.gradient_accumulation_steps = 4
+    for key, value in overrides:
+        section, name = key.split(".")
+        setattr(getattr(made, section), name, value)
+    return made
+
+
+def plan(gpu: str, *overrides: tuple[str, object], data: DataFacts | None = None) -> RunPlan:
+    return make_plan(config(*overrides), hardware.parse(gpu), llama3_8b(), data)
+
+
+def test_small_run_on_a_large_card_recomputes_and_pages_nothing() -> None:
+    found = plan("H100")
+    assert found.fits and set(found.policies) == {"none"} and found.changes == ()
+    assert found.host["optimizer pages"] == 0 and found.optimizer_resident == 12 * found.trainable
+
+
+def test_smaller_cards_recompute_more_and_still_fit() -> None:
+    rows = ("train.per_device_train_batch_size", 4)
+    times = []
+    for gpu in ("H100", "24GiB", "12GiB"):
+        found = plan(gpu, rows)
+        assert found.fits, gpu
+        assert found.peak.total <= found.budget
+        times.append(found.flops_per_token)
+    assert times == sorted(times) and times[0] < times[-1]
+
+
+def test_mixed_policies_use_what_the_card_has() -> None:
+    found = plan("24GiB", ("train.per_device_train_batch_size", 4))
+    assert len(set(found.policies)) == 2
+    assert found.peak.total > 0.85 * found.budget  # no layer recomputes without need
+
+
+def test_plan_that_does_not_fit_names_three_changes_that_hold_what_they_promise() -> None:
+    rows = ("train.per_device_train_batch_size", 8)
+    found = plan("8GiB", rows)
+    assert not found.fits and 1 <= len(found.changes) <= 3
+    for change in found.changes:
+        overrides = [rows]
+        for part in change.overrides.split():
+            key, value = part.split("=")
+            overrides.append((key, int(value) if value.isdigit() else value))
+        again = plan("8GiB", *overrides)
+        assert (again.peak.total, again.fits) == (change.peak, change.fits)
+    with pytest.raises(ConfigError, match="GiB") as caught:
+        check(found)
+    assert found.changes[0].overrides in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_impossible_plan_still_answers() -> None:
+    found = plan("2GiB")
+    assert not found.fits
+    with pytest.raises(ConfigError):
+        check(found)
+
+
+@pytest.mark.parametrize(
+    ("packing", "rows", "steps"), [(False, 1, 250), (False, 2, 125), (True, 1, 38)], ids=str
+)
+def test_steps_follow_from_the_data(packing: bool, rows: int, steps: int) -> None:
+    found = plan("H100", ("train.packing", packing), ("train.per_device_train_batch_size", rows), data=DATA)
+    assert found.steps == steps
+    assert found.length == (2048 if packing else 900)
+    assert plan("H100", ("train.max_steps", 7), data=DATA).steps == 7
+    assert plan("H100").steps is None
+
+
+def test_unknown_card_has_memory_but_no_speed() -> None:
+    found = plan("24GiB")
+    assert found.fits and found.tokens_per_second is None and found.seconds is None
+
+
+def test_flops_are_those_of_the_paper_count() -> None:
+    """Llama-3-8B, 2048 tokens, r=16: 32.1 GF a token, 46.7 with everything recomputed."""
+    assert plan("H100").flops_per_token / 1e9 == pytest.approx(32.1, rel=0.01)
+    full = plan("H100", ("train.activations", "full"))
+    assert full.flops_per_token / 1e9 == pytest.approx(46.7, rel=0.01)
+
+
+def test_reference_path_knows_two_policies() -> None:
+    reference = (("model.kernels", "reference"), ("train.per_device_train_batch_size", 2))
+    assert set(plan("H100", *reference).policies) == {"none"}
+    assert set(plan("24GiB", *reference).policies) == {"full"}
+    assert plan("24GiB", *reference).path == "reference"
+
+
+def test_pages_leave_when_the_card_is_full() -> None:
+    sizes = (
+        ("lora.r", 64),
+        ("train.per_device_train_batch_size", 1),
+        ("train.gradient_accumulation_steps", 16),
+    )
+    roomy, tight = plan("H100", *sizes), plan("12GiB", *sizes)
+    assert roomy.host["optimizer pages"] == 0
+    assert tight.host["optimizer pages"] == 12 * tight.trainable and tight.optimizer_resident == 0
+    fixed = plan("12GiB", *sizes, ("optim.name", "adamw"))
+    assert fixed.host["optimizer pages"] == 0
+    half = plan("12GiB", *sizes, ("optim.resident_gib", 1.0))
+    assert half.optimizer_resident == 1 << 30
+
+
+def test_plan_json_and_screen_hold_the_plan(tmp_path) -> None:
+    for gpu in ("H100", "8GiB"):
+        found = plan(gpu, ("train.per_device_train_batch_size", 4), data=DATA)
+        screen.write(found, tmp_path / "plan.json")
+        read = json.loads((tmp_path / "plan.json").read_text())
+        assert read["peak_allocated"] == max(phase.allocated for phase in found.phases)
+        assert read["policies"] == list(found.policies)
+        console = Console(record=True, width=110)
+        screen.show(found, console)
+        text = console.export_text()
+        assert ("does not fit" in text) == (not found.fits)
+        for phase in found.phases:
+            assert phase.name in text and screen.gib(phase.total) in text
+
+
+def test_end_of_run_says_when_the_plan_was_wrong() -> None:
+    found = plan("H100")
+    peak = max(phase.allocated for phase in found.phases)
+    right = compare(found, peak, found.tokens_per_second)
+    assert len(right) == 2 and not any("off by" in line for line in right)
+    assert "off by more than 5%" in compare(found, int(peak * 1.1), None)[0]
+    assert "off by more than 20%" in compare(found, None, found.tokens_per_second * 1.5)[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("H100", "H100 80GB"),
+        ("NVIDIA H100 80GB HBM3", "H100 80GB"),
+        ("NVIDIA H100 PCIe", "H100 PCIe 80GB"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090 24GB"),
+        ("a100 40gb", "A100 40GB"),
+        ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
+        ("rtx 6000 ada", "RTX 6000 Ada 48GB"),
+    ],
+)
+def test_cards_are_found_by_the_names_people_and_drivers_use(text: str, name: str) -> None:
+    assert hardware.parse(text).name == name
+
+
+def test_sizes_and_nonsense() -> None:
+    assert hardware.parse("24GiB").memory == 24 << 30
+    assert hardware.parse("24 GB").memory == 24 * 10**9
+    with pytest.raises(ConfigError, match="RTX 4090"):
+        hardware.parse("a large one")
+
+
+def test_this_machine_is_found(tmp_path) -> None:
+    here = hardware.detect("cpu", tmp_path / "not" / "yet")
+    assert here.memory > 0 and here.disk and here.flops

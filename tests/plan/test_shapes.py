@@ -1,0 +1,65 @@
+"""Shapes and parameter counts are those of the real models."""
+
+from __future__ import annotations
+
+import json
+
+import peft
+import pytest
+
+from qlora_trainer.errors import MissingInputError
+from qlora_trainer.plan import memory, shapes
+from tests import tiny
+from tests.plan.sizes import settings
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_parameters_are_counted_once_each(architecture: str) -> None:
+    model = tiny.model(architecture)
+    shape = shapes.from_model(model)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert shape.exact
+    assert shapes.from_config(model.config.to_dict()) == shape
+
+
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ["q_proj", "v_proj", "qkv_proj"], r".*\.(down_proj|fc2)$"], ids=str
+)
+@pytest.mark.parametrize("architecture", ["llama", "phi3", "opt", "gemma2"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapter_parameters_equal_peft(architecture: str, targets, dora: bool) -> None:
+    model = tiny.model(architecture)
+    shape = shapes.from_model(model)
+    config = peft.LoraConfig(r=8, target_modules=targets, use_dora=dora, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, config)
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    wanted = targets if isinstance(targets, str) else tuple(targets)
+    assert memory.adapter_parameters(shape, settings(r=8, target_modules=wanted, dora=dora)) == trained
+
+
+def test_unknown_architecture_is_planned_from_its_tensors(tmp_path) -> None:
+    tiny.model("llama", hidden_size=80, intermediate_size=112).save_pretrained(tmp_path)
+    known = shapes.from_folder(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "llama9"}))
+    unknown = shapes.from_folder(tmp_path)
+    assert known.exact and not unknown.exact
+    for name in ("parameters", "layers", "hidden", "q", "kv", "intermediate", "vocab", "embedding", "head"):
+        assert getattr(unknown, name) == getattr(known, name), name
+    assert sorted(x.numel for x in unknown.linears) == sorted(x.numel for x in known.linears)
+
+
+def test_unknown_architecture_without_weights_says_what_to_add(tmp_path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama9"}')
+    with pytest.raises(MissingInputError, match="llama9"):
+        shapes.from_folder(tmp_path)
+
+
+def test_large_shapes_take_no_memory() -> None:
+    shape = shapes.from_config(
+        {
+            "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+            "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256,
+        }
+    )  # fmt: skip
+    assert shape.parameters == 70_553_706_496  # Llama-3-70B
