@@ -1,0 +1,72 @@
+"""The fast path's operations: one file each, all with the plain-torch meaning given in `reference.py`.
+
+`pick(device)` hands out the set that serves a device and says why in one line. This room imports
+nothing from the rest of the package; Triton is imported only when a GPU asks for it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .types import Adapter, HeadNorm, NestedScales, QuantizedWeight
+
+__all__ = ["Adapter", "HeadNorm", "NestedScales", "Operations", "QuantizedWeight", "pick"]
+
+
+@dataclass(frozen=True)
+class Operations:
+    """One implementation of every operation; signatures and meaning as in `reference.py`."""
+
+    name: str
+    dequantize: Callable[[QuantizedWeight, Tensor], None]
+    pack_adapters: Callable[[Sequence[Adapter], Tensor, int, int], None]
+    rms_norm: Callable[..., tuple[Tensor, Tensor]]
+    rms_norm_backward: Callable[..., None]
+    rotary: Callable[..., None]
+    rotary_backward: Callable[..., None]
+    glu: Callable[[Tensor, str, Tensor], None]
+    glu_backward_: Callable[[Tensor, Tensor, str], None]
+    cross_entropy_: Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
+    thin_gradient: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    quantize_fp8: Callable[[Tensor, int, float, Tensor], Tensor]
+
+
+def _from(name: str, *modules: object) -> Operations:
+    found = {}
+    for operation in Operations.__dataclass_fields__:
+        for module in modules:
+            if hasattr(module, operation):
+                found[operation] = getattr(module, operation)
+    return Operations(name=name, **found)
+
+
+def plain() -> Operations:
+    """The plain-torch set."""
+    return _from("plain torch", reference)
+
+
+def triton_set() -> Operations:
+    """The Triton set (compiled for a GPU; interpreted on the CPU under TRITON_INTERPRET=1)."""
+    from . import cross_entropy, dequantize, fp8, glu, norm, rotary, thin
+
+    return _from("triton", cross_entropy, dequantize, fp8, glu, norm, rotary, thin)
+
+
+def pick(device: torch.device) -> tuple[Operations, str]:
+    """The set for `device`, and the reason in one line."""
+    if device.type != "cuda":
+        return plain(), f"plain torch: Triton kernels need a CUDA device, this is {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return plain(), "plain torch: the package `triton` is not installed"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return plain(), f"plain torch: compute capability {capability[0]}.{capability[1]} has no bfloat16"
+    import triton
+
+    return triton_set(), f"triton {triton.__version__} on {torch.cuda.get_device_name(device)}"

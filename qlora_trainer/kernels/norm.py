@@ -1,0 +1,87 @@
+"""RMSNorm with the residual addition before it, and its backward with the residual gradient after it.
+
+One program a row: every tensor is read once and written once. rstd travels to the backward pass
+(4 bytes a token), where the adapters need it too: they never see the normed activation again.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr, delta_ptr, weight_ptr, total_ptr, out_ptr, rstd_ptr, k, x_stride, delta_stride, out_stride,
+    eps, offset, ADD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < k
+    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0)
+    if ADD:
+        delta = tl.load(delta_ptr + row * delta_stride + column, mask=inside, other=0.0)
+        x = (x.to(tl.float32) + delta.to(tl.float32)).to(x.dtype)
+        tl.store(total_ptr + row * k + column, x, mask=inside)
+    value = x.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(value * value, axis=0) / k + eps)
+    tl.store(rstd_ptr + row, rstd)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32) + offset
+    tl.store(
+        out_ptr + row * out_stride + column, (value * rstd * weight).to(out_ptr.dtype.element_ty), mask=inside
+    )
+
+
+@triton.jit
+def _backward_kernel(
+    dy_ptr, x_ptr, weight_ptr, residual_ptr, out_ptr, rstd_ptr, k,
+    dy_stride, x_stride, residual_stride, out_stride, offset, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < k
+    value = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(dy_ptr + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32) + offset
+    rstd = tl.load(rstd_ptr + row)
+    normed = value * rstd
+    grad *= weight
+    dx = rstd * (grad - normed * (tl.sum(grad * normed, axis=0) / k))
+    if RESIDUAL:
+        dx += tl.load(residual_ptr + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * out_stride + column, dx.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def _warps(block: int) -> int:
+    return min(16, max(1, block // 512))
+
+
+def rms_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, offset: float, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `reference.rms_norm`."""
+    m, k = x.shape
+    total = x if delta is None else torch.empty((m, k), dtype=x.dtype, device=x.device)
+    rstd = torch.empty(m, dtype=torch.float32, device=x.device)
+    add = x if delta is None else delta
+    block = triton.next_power_of_2(k)
+    _forward_kernel[(m,)](
+        x, add, weight, total, out, rstd, k, x.stride(0), add.stride(0), out.stride(0), eps, offset,
+        ADD=delta is not None, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return total, rstd
+
+
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, offset: float, residual: Tensor | None, out: Tensor
+) -> None:
+    """As `reference.rms_norm_backward`."""
+    m, k = x.shape
+    block = triton.next_power_of_2(k)
+    other = dy if residual is None else residual
+    _backward_kernel[(m,)](
+        dy, x, weight, other, out, rstd, k, dy.stride(0), x.stride(0), other.stride(0), out.stride(0),
+        offset, RESIDUAL=residual is not None, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip

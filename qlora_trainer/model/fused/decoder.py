@@ -1,0 +1,118 @@
+"""The whole model as one callable: embedding, decoder layers, head.
+
+Comes in: a `Batch`. Goes out: the sum over positions of loss_weights * cross-entropy, a float32
+scalar, differentiable in the adapters. Layers that were not recognised run as the modules they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from qlora_trainer.data.batch import Batch
+from qlora_trainer.kernels.attention import Layout
+
+from .head import FusedHead, ModuleHead
+from .inputs import Inputs, prepare
+from .keep import HostStore
+from .layer import Call, FusedLayer
+from .projection import Workspace
+
+
+class ModuleLayer:
+    """A decoder layer as transformers and PEFT run it, for a layer that cannot be fused."""
+
+    def __init__(
+        self, module: nn.Module, layer_type: str | None, window: int | None, recompute: bool
+    ) -> None:
+        self.module, self.layer_type, self.window, self.recompute = module, layer_type, window, recompute
+
+    def __call__(self, x: Tensor, delta: Tensor | None, call: Call) -> tuple[Tensor, None]:
+        layout = call.layout
+        stream = (x if delta is None else x + delta).unflatten(0, (layout.batch, layout.length))
+        # an explicit mask means the same to every attention implementation that takes one
+        everywhere = Layout(layout.batch, layout.length, None, call.document_ids)
+        mask = everywhere.mask(self.window, stream.dtype, stream.device)
+        if mask is None:
+            mask = causal_mask(layout.length, stream.dtype, stream.device)
+        cos, sin = (
+            torch.cat((t, t), dim=-1).unflatten(0, stream.shape[:2]) for t in call.rotary[self.layer_type]
+        )
+
+        def run(hidden: Tensor) -> Tensor:
+            result = self.module(
+                hidden,
+                attention_mask=mask,
+                position_ids=call.position_ids,
+                position_embeddings=(cos.to(hidden.dtype), sin.to(hidden.dtype)),
+                use_cache=False,
+            )
+            return result[0] if isinstance(result, tuple) else result
+
+        hidden = (
+            checkpoint(run, stream, use_reentrant=False) if self.recompute and call.training else run(stream)
+        )
+        return hidden.flatten(0, 1), None
+
+
+def causal_mask(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Additive [1, 1, length, length]."""
+    blocked = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+    return torch.zeros(length, length, dtype=dtype, device=device).masked_fill(blocked, float("-inf"))[
+        None, None
+    ]
+
+
+class FusedForward:
+    """Callable `batch -> loss sum`; see `prepare` and `run` for what a captured graph needs apart.
+
+    embed: int64 ids -> embeddings. rotary: position ids [B, T] -> layer type -> (cos, sin) [B*T, half].
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        workspace: Workspace,
+        embed: nn.Module,
+        embeddings_on_host: Tensor | None,
+        rotary: Callable[[Tensor], dict[str | None, tuple[Tensor, Tensor]]],
+        layers: Sequence[FusedLayer | ModuleLayer],
+        head: FusedHead | ModuleHead,
+        host: HostStore | None,
+    ) -> None:
+        self.device, self.workspace, self.embed, self.rotary = device, workspace, embed, rotary
+        self.embeddings_on_host, self.layers, self.head, self.host = (
+            embeddings_on_host,
+            list(layers),
+            head,
+            host,
+        )
+
+    def prepare(self, batch: Batch) -> Inputs:
+        """The batch on the device; give it while it is still on the host."""
+        return prepare(batch, self.device, self.embeddings_on_host)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return self.run(self.prepare(batch))
+
+    def run(self, inputs: Inputs) -> Tensor:
+        """The pass itself: launches only, no question to the device."""
+        self.workspace.generation += 1
+        if self.host is not None:
+            self.host.reset()
+        hidden = inputs.hidden if inputs.hidden is not None else self.embed(inputs.input_ids)
+        call = Call(
+            inputs.layout,
+            self.rotary(inputs.position_ids),
+            torch.is_grad_enabled(),
+            inputs.position_ids,
+            inputs.document_ids,
+        )
+        x: Tensor = hidden.flatten(0, 1)
+        delta: Tensor | None = None
+        for layer in self.layers:
+            x, delta = layer(x, delta, call)
+        return self.head(x, delta, inputs.supervised)

@@ -1,0 +1,278 @@
+"""One decoder layer, forward and backward by hand.
+
+Comes in: the residual stream as (x, delta), whose sum is meant; goes out: the next (x2, delta). The
+addition happens inside the next norm, where both are read anyway. Backward: the gradient of the sum,
+which is the gradient of both. No gradient of a frozen weight exists anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_trainer.kernels import Operations
+from qlora_trainer.kernels.attention import Layout, attend, attend_backward
+
+from .keep import HostStore, Saved, keep_only
+from .parts import LayerParts, Norm
+from .projection import Gradients
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one pass over the model gives every layer.
+
+    rotary: layer type -> (cos, sin), float32 [M, half]. training: a backward pass will follow.
+    position_ids [B, T] and document_ids (int32 [B, T], if packed): what unfused layers read instead.
+    """
+
+    layout: Layout
+    rotary: dict[str | None, tuple[Tensor, Tensor]]
+    training: bool
+    position_ids: Tensor
+    document_ids: Tensor | None
+
+
+def widen(x: Tensor, border: int) -> Tensor:
+    """`x` [M, K] with `border` spare columns: its own buffer where it has them, else a copy."""
+    m, k = x.shape
+    start, width = x.storage_offset(), k + border
+    room = x.untyped_storage().nbytes() // x.element_size() - start
+    if x.stride() == (width, 1) and start == 0 and room >= m * width:
+        return x.as_strided((m, width), (width, 1))
+    wide = torch.empty((m, width), dtype=x.dtype, device=x.device)
+    wide[:, :k].copy_(x)
+    return wide
+
+
+class FusedLayer:
+    """`policy` as in `keep.py`; `mlp_rows`: tokens of the MLP in flight at once where it is recomputed."""
+
+    def __init__(
+        self,
+        index: int,
+        parts: LayerParts,
+        operations: Operations,
+        policy: str,
+        host: HostStore | None,
+        mlp_rows: int,
+    ) -> None:
+        self.index, self.parts, self.operations = index, parts, operations
+        self.policy, self.host, self.mlp_rows = policy, host, mlp_rows
+
+    def __call__(self, x: Tensor, delta: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+        """(x, delta), each [M, h] -> (x2, delta2)."""
+        return _LayerFunction.apply(x, delta, self, call, *self.parts.parameters)
+
+    # -- forward ---------------------------------------------------------------------------------
+
+    def _norm(self, norm: Norm, x: Tensor, delta: Tensor | None, out: Tensor) -> tuple[Tensor, Tensor]:
+        return self.operations.rms_norm(x, delta, norm.weight, norm.eps, norm.offset, out)
+
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        n_q, n_k, dim = self.parts.heads
+        return qkv.unflatten(1, (n_q + 2 * n_k, dim)).split((n_q, n_k, n_k), dim=1)  # type: ignore[return-value]
+
+    def _rotated(self, raw: Tensor, call: Call) -> Tensor:
+        """q, k, v ready for attention: in place, unless head norms need the raw projection again."""
+        p = self.parts
+        out = raw if p.head_norms is None else torch.empty_like(raw)
+        cos, sin = call.rotary[p.layer_type]
+        self.operations.rotary(raw, cos, sin, p.heads, p.qkv_bias, p.head_norms, out)
+        return out
+
+    def attention(self, x: Tensor, delta: Tensor | None, call: Call, saved: Saved) -> Tensor:
+        """The attention branch's output [M, h]; fills `saved` up to x2."""
+        p, m = self.parts, x.shape[0]
+        wide = p.qkv.wide_input(m)
+        total, saved.rstd1 = self._norm(p.input_norm, x, delta, wide[:, : p.qkv.k])
+        saved.x = total.detach()
+        saved.u_qkv = p.qkv.project(wide)
+        saved.qkv = p.qkv.forward(wide)
+        del wide
+        q, k, v = self._heads(self._rotated(saved.qkv, call))
+        attended, saved.state = attend(q, k, v, call.layout, p.softmax_scale, p.window)
+        saved.attended = attended.reshape(m, p.o.k)
+        wide = p.o.wide_input(m)
+        wide[:, : p.o.k].copy_(saved.attended)
+        saved.u_o = p.o.project(wide)
+        y = p.o.forward(wide)
+        if p.attention_output_norm is not None:
+            saved.y_attention, y = y, torch.empty_like(y)
+            _, saved.rstd_attention = self._norm(p.attention_output_norm, saved.y_attention, None, y)
+        return y
+
+    def _chunks(self, m: int) -> Iterator[slice]:
+        rows = m if self.policy == "none" else self.mlp_rows
+        return (slice(start, min(start + rows, m)) for start in range(0, m, rows))
+
+    def mlp(self, y: Tensor, saved: Saved) -> Tensor:
+        """The MLP branch's output [M, h] on saved.x + y; fills the rest of `saved`."""
+        p, m = self.parts, y.shape[0]
+        assert saved.x is not None
+        wide = p.gate_up.wide_input(m)
+        total, saved.rstd2 = self._norm(p.mlp_norm, saved.x, y, wide[:, : p.gate_up.k])
+        saved.x2 = total.detach()
+        out = torch.empty_like(y)
+        saved.u_down = torch.empty((m, p.down.rank), dtype=y.dtype, device=y.device)
+        for rows in self._chunks(m):
+            gate_up, saved.u_gate_up = self._gate_up(wide[rows])
+            act = p.down.wide_input(gate_up.shape[0])
+            self.operations.glu(gate_up[:, : p.gate_up.n], p.activation, act[:, : p.down.k])
+            saved.u_down[rows] = p.down.project(act)
+            p.down.forward(act, out=out[rows])
+            if self.policy == "none":
+                saved.gate_up = gate_up
+            del gate_up, act
+        if p.mlp_output_norm is not None:
+            saved.y_mlp, out = out, torch.empty_like(out)
+            _, saved.rstd_mlp = self._norm(p.mlp_output_norm, saved.y_mlp, None, out)
+        return out
+
+    def _gate_up(self, wide: Tensor) -> tuple[Tensor, Tensor]:
+        """Wide gate/up [M, 2F + border] (its border empty) and the projection on its adapters."""
+        group = self.parts.gate_up
+        u = group.project(wide)
+        result = group.wide_output(wide.shape[0])
+        group.forward(wide, out=result[:, : group.n])
+        return result, u
+
+    # -- backward --------------------------------------------------------------------------------
+
+    def _norm_backward(
+        self, norm: Norm, dy: Tensor, x: Tensor, rstd: Tensor, residual: Tensor | None, border: int
+    ) -> Tensor:
+        """Gradient of a norm's input, plus the residual's, wide by `border`."""
+        wide = torch.empty((x.shape[0], x.shape[1] + border), dtype=x.dtype, device=x.device)
+        self.operations.rms_norm_backward(
+            dy, x, rstd, norm.weight, norm.offset, residual, wide[:, : x.shape[1]]
+        )
+        return wide
+
+    def mlp_backward(self, grad: Tensor, saved: Saved, gradients: Gradients) -> Tensor:
+        """d(loss)/d(x2) [M, h], wide by o's border, from `grad` [M, h] of the output sum."""
+        p = self.parts
+        assert saved.x2 is not None and saved.rstd2 is not None and saved.u_down is not None
+        if p.mlp_output_norm is not None:
+            assert saved.y_mlp is not None and saved.rstd_mlp is not None
+            wide = self._norm_backward(
+                p.mlp_output_norm, grad, saved.y_mlp, saved.rstd_mlp, None, p.down.border
+            )
+        else:
+            wide = widen(grad, p.down.border)
+        d_normed = torch.empty_like(saved.x2)
+        for rows in self._chunks(wide.shape[0]):
+            x2, rstd2 = saved.x2[rows], saved.rstd2[rows]
+            if saved.gate_up is not None and saved.u_gate_up is not None:
+                gate_up, u = saved.gate_up, saved.u_gate_up
+                saved.gate_up = None
+            else:
+                again = p.gate_up.wide_input(x2.shape[0])
+                self._norm(p.mlp_norm, x2, None, again[:, : p.gate_up.k])
+                gate_up, u = self._gate_up(again)
+                del again
+            d_act = p.down.backward(wide[rows])
+            assert d_act is not None
+            self.operations.glu_backward_(d_act, gate_up[:, : p.gate_up.n], p.activation)
+            p.down.adapter_gradients(d_act, saved.u_down[rows], wide[rows], gradients)
+            del d_act
+            p.gate_up.backward(gate_up, out=d_normed[rows])
+            p.gate_up.adapter_gradients(x2, u, gate_up, gradients, rstd2, p.mlp_norm.factor)
+            del gate_up
+        return self._norm_backward(p.mlp_norm, d_normed, saved.x2, saved.rstd2, grad, p.o.border)
+
+    def attention_backward(
+        self, d_x2: Tensor, saved: Saved, call: Call, gradients: Gradients, needs_input: bool
+    ) -> Tensor | None:
+        """d(loss)/d(x) [M, h] from the wide `d_x2` of `mlp_backward`; None if nobody needs it."""
+        p = self.parts
+        assert saved.x is not None and saved.rstd1 is not None and saved.qkv is not None
+        assert saved.attended is not None and saved.u_qkv is not None and saved.u_o is not None
+        hidden = saved.x.shape[1]
+        wide = d_x2
+        if p.attention_output_norm is not None:
+            assert saved.y_attention is not None and saved.rstd_attention is not None
+            wide = self._norm_backward(
+                p.attention_output_norm,
+                d_x2[:, :hidden],
+                saved.y_attention,
+                saved.rstd_attention,
+                None,
+                p.o.border,
+            )
+        d_attended = p.o.backward(wide)
+        assert d_attended is not None
+        p.o.adapter_gradients(saved.attended, saved.u_o, wide, gradients)
+        n_q, _, dim = p.heads
+        rotated = saved.qkv if p.head_norms is None else self._rotated(saved.qkv, call)
+        q, k, v = self._heads(rotated)
+        dq, dk, dv = attend_backward(
+            d_attended.unflatten(1, (n_q, dim)), q, k, v, saved.attended.unflatten(1, (n_q, dim)),
+            saved.state, call.layout, p.softmax_scale, p.window,
+        )  # fmt: skip
+        del d_attended, rotated, q, k, v
+        wide = p.qkv.wide_output(saved.x.shape[0])
+        raw = None if p.head_norms is None else saved.qkv
+        cos, sin = call.rotary[p.layer_type]
+        self.operations.rotary_backward(
+            dq, dk, dv, raw, cos, sin, p.heads, p.qkv_bias, p.head_norms, wide[:, : p.qkv.n]
+        )
+        del dq, dk, dv
+        d_normed = p.qkv.backward(wide, needs_input=needs_input)
+        p.qkv.adapter_gradients(saved.x, saved.u_qkv, wide, gradients, saved.rstd1, p.input_norm.factor)
+        if d_normed is None:
+            return None
+        # the layer below feeds this to its down projection: same shape, same border
+        out = self._norm_backward(
+            p.input_norm, d_normed, saved.x, saved.rstd1, d_x2[:, :hidden], p.down.border
+        )
+        return out[:, :hidden]
+
+    def recompute(self, saved: Saved, call: Call) -> Saved:
+        """Under `full`: everything up to x2 again, from x."""
+        assert saved.x is not None
+        again = Saved(u_down=saved.u_down, y_mlp=saved.y_mlp, rstd_mlp=saved.rstd_mlp)
+        y = self.attention(saved.x, None, call, again)
+        spare = torch.empty_like(y)
+        again.x2, again.rstd2 = self._norm(self.parts.mlp_norm, saved.x, y, spare)
+        return again
+
+
+class _LayerFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, delta: Tensor | None, layer: FusedLayer, call: Call, *parameters: Tensor
+    ) -> Any:
+        saved = Saved()
+        y = layer.attention(x, delta, call, saved)
+        out = layer.mlp(y, saved)
+        assert saved.x2 is not None
+        x2 = saved.x2.view_as(saved.x2)  # an alias: the node must not hold its own output
+        if call.training:
+            saved = keep_only(saved, layer.policy)
+            if layer.policy == "offload" and layer.host is not None:
+                saved = layer.host.put(layer.index, saved)
+            ctx.layer, ctx.call, ctx.saved = layer, call, saved
+        return x2, out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_x2: Tensor, d_out: Tensor) -> Any:
+        """Both outputs are only ever used as their sum: either gradient is the sum's."""
+        layer, call, saved = ctx.layer, ctx.call, ctx.saved
+        ctx.saved = None  # one backward a forward: the buffers are overwritten on the way
+        assert saved is not None, "the backward of a fused layer ran twice"
+        if layer.policy == "offload" and layer.host is not None:
+            saved = layer.host.get(layer.index, saved)
+        elif layer.policy == "full":
+            saved = layer.recompute(saved, call)
+        gradients = Gradients()
+        d_mid = layer.mlp_backward(d_out, saved, gradients)
+        needs_x, needs_delta = ctx.needs_input_grad[:2]
+        dx = layer.attention_backward(d_mid, saved, call, gradients, needs_x or needs_delta)
+        returned = gradients.collect(layer.parts.parameters)
+        return dx if needs_x else None, dx if needs_delta else None, None, None, *returned
