@@ -18,6 +18,7 @@ from difflib import get_close_matches
 
 from qlora_trainer import __version__, commands
 from qlora_trainer.errors import ConfigError, QLoRAError
+from qlora_trainer.track.quiet import quiet_libraries
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
@@ -103,6 +104,7 @@ def _run(line: Line) -> int:
         return ConfigError.exit_code
     config = load.load(line.keys, line.command)
     preflight.check(config, line.command)
+    quiet_libraries()
     importlib.import_module(f"qlora_trainer.commands.{line.command}").run(config)
     return 0
 

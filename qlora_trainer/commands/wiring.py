@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.data import Batch, DataOptions, Loader, TokenizedData, load_tokenized
 from qlora_trainer.model.load import DTYPES, BaseOptions, pick_dtype
 from qlora_trainer.model.lora import LoraOptions
 
@@ -46,7 +49,9 @@ def lora_options(config: RunConfig) -> LoraOptions:
     )
 
 
-def identity(config: RunConfig, base: BaseOptions, base_print: str, data_print: str, world_size: int) -> dict[str, Any]:
+def identity(
+    config: RunConfig, base: BaseOptions, base_print: str, data_print: str, world_size: int
+) -> dict[str, Any]:
     """What must be the same for a checkpoint to be this run's: flat field -> plain value.
 
     Length of the run, saving, evaluating and tracking may change between two starts; anything that
@@ -89,3 +94,61 @@ def identity(config: RunConfig, base: BaseOptions, base_print: str, data_print: 
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, list | tuple) else value
+
+
+def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, role: str) -> TokenizedData | None:
+    """The tokenized rows of `train` or `eval`; None if nothing is held out."""
+    options = DataOptions(**{f.name: getattr(config.data, f.name) for f in fields(DataOptions)})
+    if role == "eval" and not options.has_eval:
+        return None
+    return load_tokenized(options, tokenizer, max_length=config.train.max_length, seed=config.seed, role=role)
+
+
+def use_template(tokenizer: PreTrainedTokenizerBase, data: TokenizedData) -> None:
+    """Gives the tokenizer the chat template the data were rendered with, so that it is stored with the adapter."""
+    if data.chat_template is not None:
+        tokenizer.chat_template = data.chat_template
+
+
+def train_loader(config: RunConfig, data: TokenizedData, pad_id: int, rank: int, world_size: int) -> Loader:
+    train = config.train
+    return Loader(
+        data,
+        micro_batch_size=train.per_device_train_batch_size,
+        accumulation=train.gradient_accumulation_steps,
+        max_length=train.max_length,
+        packing=train.packing,
+        group_by_length=train.group_by_length,
+        seed=config.seed,
+        rank=rank,
+        world_size=world_size,
+        num_workers=config.data.num_workers,
+        pad_id=pad_id,
+    )
+
+
+def held_out_batches(
+    config: RunConfig, data: TokenizedData, pad_id: int, rank: int = 0, world_size: int = 1
+) -> list[Batch]:
+    """Held-out rows as batches, at most `evaluate.max_rows` of them, this rank's share."""
+    size = config.train.per_device_train_batch_size
+    loader = Loader(
+        data,
+        micro_batch_size=size,
+        accumulation=1,
+        max_length=config.train.max_length,
+        packing=False,
+        group_by_length=False,
+        seed=0,
+        rank=rank,
+        world_size=world_size,
+        pad_id=pad_id,
+    )
+    batches: list[Batch] = []
+    limit, rows = config.evaluate.max_rows, 0
+    for step in loader.steps(0):
+        if limit is not None and rows >= limit:
+            break
+        batches += step.micro_batches
+        rows += size * world_size
+    return batches

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.data.batch import Batch
+from qlora_trainer.data.loader import StepBatch
 from qlora_trainer.errors import DivergedError, PreemptedError
 from qlora_trainer.train.distributed import Ranks
 from qlora_trainer.train.readback import Readback
@@ -88,7 +89,7 @@ class Optimizer(Protocol):
 class Loader(Protocol):
     def steps_per_epoch(self, epoch: int) -> int: ...
 
-    def step(self, epoch: int, index: int) -> Any: ...
+    def steps(self, epoch: int, start: int = 0) -> Iterator[StepBatch]: ...
 
 
 class MicroStep:
@@ -165,10 +166,11 @@ def train(
                     "lower train.learning_rate, or look at these rows with `inspect`"
                 )
 
+    steps = _steps(loader, progress.epoch, progress.index)
     while progress.step < options.total_steps:
-        epoch, index = progress.epoch, progress.index
         started = time.monotonic()
-        step_batch = loader.step(epoch, index)
+        epoch, index = progress.epoch, progress.index
+        step_batch = next(steps)
         scale.fill_(1.0 / max(step_batch.total_weight, 1e-8))
         loss_sum = torch.zeros((), device=ranks.device)
         counts = torch.zeros(2, dtype=torch.int64)
@@ -222,6 +224,13 @@ def train(
                 "the state is saved: run the same command to go on"
             )
     return progress
+
+
+def _steps(loader: Loader, epoch: int, index: int) -> Iterator[StepBatch]:
+    """Batches from a position on, epoch after epoch, prepared ahead by the loader's workers."""
+    while True:
+        yield from loader.steps(epoch, index)
+        epoch, index = epoch + 1, 0
 
 
 def _due(step: int, every: int) -> bool:

@@ -26,15 +26,18 @@ class StepBatch:
 
 @dataclass
 class Loader:
-    """Epochs of `steps` optimizer steps of eight documents, in `accumulation` micro-batches."""
+    """Epochs of `length` optimizer steps of eight documents, in `accumulation` micro-batches."""
 
     accumulation: int = 1
-    steps: int = 4
+    length: int = 4
     new_every_epoch: bool = True
     seen: list = field(default_factory=list)
 
     def steps_per_epoch(self, epoch):
-        return self.steps
+        return self.length
+
+    def steps(self, epoch, start=0):
+        yield from (self.step(epoch, index) for index in range(start, self.steps_per_epoch(epoch)))
 
     def step(self, epoch, index):
         self.seen.append((epoch, index))
@@ -74,7 +77,7 @@ def test_accumulated_micro_batches_equal_one_large_batch(accumulation):
 
 
 def test_every_step_is_asked_for_once_and_logged():
-    loader = Loader(steps=3)
+    loader = Loader(length=3)
     records, progress, _ = run(loader, steps=5)
     assert loader.seen == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5]
@@ -135,6 +138,6 @@ def test_one_nonfinite_step_is_skipped_and_training_goes_on():
 
 
 def test_epochs_may_be_a_fraction():
-    assert count_steps(Loader(steps=10), 2) == 20
-    assert count_steps(Loader(steps=10), 0.25) == 3
-    assert count_steps(Loader(steps=10), 1.5) == 15
+    assert count_steps(Loader(length=10), 2) == 20
+    assert count_steps(Loader(length=10), 0.25) == 3
+    assert count_steps(Loader(length=10), 1.5) == 15

@@ -233,8 +233,7 @@ def test_only_a_launched_run_follows_its_parent(start: Start, tmp_path: Path, la
     if launched:
         environment["ACCELERATE_MIXED_PRECISION"] = "no"
     outer = (
-        "import subprocess, sys, time\n"
-        f"subprocess.Popen([sys.executable, '-c', {inner!r}]); time.sleep(30)"
+        f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {inner!r}]); time.sleep(30)"
     )
     command = [sys.executable, "-c", outer]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)

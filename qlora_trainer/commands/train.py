@@ -1,0 +1,327 @@
+"""Fine-tune: data, base model, adapters, the loop, evaluation, and the adapter at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.console import RenderableType
+from transformers import PreTrainedTokenizerBase
+
+from qlora_trainer.checkpoint import disk, publish, resume
+from qlora_trainer.commands import wiring
+from qlora_trainer.config.claim import claim_output_dir
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.config.watch import as_dict, unread_keys
+from qlora_trainer.data import Batch, Loader, TokenizedData
+from qlora_trainer.errors import ConfigError, QLoRAError
+from qlora_trainer.evaluate.generate import Sampling
+from qlora_trainer.evaluate.held_out import HeldOut
+from qlora_trainer.evaluate.perplexity import LossSum, evaluating, measure_loss
+from qlora_trainer.evaluate.report import comparison, markdown
+from qlora_trainer.evaluate.score import score_base_and_tuned
+from qlora_trainer.export.adapter import TrainedOn, export_adapter
+from qlora_trainer.export.fingerprint import base_fingerprint
+from qlora_trainer.inference.stop import pad_id, stop_ids
+from qlora_trainer.model.forward import ReferenceForward
+from qlora_trainer.model.load import BaseOptions, load_base, load_tokenizer, pick_device
+from qlora_trainer.model.lora import attach
+from qlora_trainer.model.source import resolve
+from qlora_trainer.optim import make_optimizer, schedule
+from qlora_trainer.track import Tracker
+from qlora_trainer.track.console import ConsoleTracker, console
+from qlora_trainer.track.jsonl import JsonlTracker
+from qlora_trainer.track.redact import Redactor
+from qlora_trainer.track.wandb import WandbTracker
+from qlora_trainer.train.distributed import Ranks
+from qlora_trainer.train.loop import LoopOptions, MicroStep, Progress, count_steps, train
+from qlora_trainer.train.signals import Status, StopSignals, follow_launcher
+from qlora_trainer.train.state import RunState
+
+
+def run(config: RunConfig) -> None:
+    """Trains to the end, or resumes what an earlier call began; prints what was learned and what is next."""
+    follow_launcher()
+    ranks = Ranks(pick_device(config.model.device))
+    assert config.output_dir is not None, "checked with the configuration"
+    folder = Path(config.output_dir)
+    lock = None
+    if ranks.main:
+        claim_output_dir(config)
+        lock = disk.lock(folder)
+    ranks.wait()
+    status = Status(folder / "status.json" if ranks.main else None)
+    try:
+        with StopSignals(status) as signals:
+            _train(_Run(config, folder, ranks, signals))
+    except QLoRAError as error:
+        status.finish(error.exit_code, str(error))
+        raise
+    else:
+        status.finish(0)
+    finally:
+        ranks.close()
+        if lock is not None:
+            lock.close()
+
+
+@dataclass
+class _Run:
+    """What the stages of one training run share."""
+
+    config: RunConfig
+    folder: Path
+    ranks: Ranks
+    signals: StopSignals
+
+    def say(self, text: RenderableType) -> None:
+        if self.ranks.main:
+            console.print(text, soft_wrap=True)
+
+
+def _train(run: _Run) -> None:
+    config, ranks, signals = run.config, run.ranks, run.signals
+    base = wiring.base_options(config, ranks.device)
+    torch.use_deterministic_algorithms(config.train.deterministic)
+
+    with signals.phase("tokenizing", interruptible=True):
+        tokenizer = load_tokenizer(base.name_or_path, base.revision)
+        data = wiring.load_data(config, tokenizer, "train")
+        held_out = wiring.load_data(config, tokenizer, "eval") if config.evaluate.enabled else None
+        assert data is not None
+        wiring.use_template(tokenizer, data)
+        run.say(describe_data(data, held_out))
+    pad = pad_id(tokenizer, stop_ids(tokenizer))
+    loader = wiring.train_loader(config, data, pad, ranks.rank, ranks.world_size)
+    total = config.train.max_steps
+    if total <= 0:
+        total = count_steps(loader, config.train.num_train_epochs)
+
+    with signals.phase("loading", interruptible=True):
+        model = _load_model(run, base)
+        forward = ReferenceForward(model)
+        optimizer = make_optimizer(
+            config.optim.name,
+            model.named_parameters(),
+            betas=(config.optim.adam_beta1, config.optim.adam_beta2),
+            eps=config.optim.adam_epsilon,
+            weight_decay=config.optim.weight_decay,
+        )
+        state = RunState(model, optimizer, Progress(), _identity(run, base, data), ranks)
+        torch.manual_seed(config.seed + ranks.rank)  # dropout differs between ranks, adapters do not
+        _resume(run, state, total)
+        held_out_batches = (
+            wiring.held_out_batches(config, held_out, pad, ranks.rank, ranks.world_size) if held_out else []
+        )
+
+    first, started = state.progress.step, time.monotonic()
+    _loop(run, state, forward, loader, total, held_out_batches)
+    run.say(_describe_training(state.progress, first, time.monotonic() - started))
+    if not ranks.main:
+        return
+    measured = ""
+    if held_out is not None:
+        with signals.phase("evaluating", interruptible=True):
+            measured = _compare_with_base(run, model, forward, tokenizer, held_out, pad)
+    with signals.phase("exporting", interruptible=True):
+        export_adapter(
+            model,
+            tokenizer,
+            run.folder / "adapter",
+            TrainedOn.with_options(base, ranks.device),
+            data=data.sources,
+            settings=as_dict(config),
+            measured=measured,
+            title=run.folder.resolve().name,
+        )
+    if unread := unread_keys(config):
+        run.say(f"[yellow]set, but nothing read it: {', '.join(unread)}")
+    run.say(_what_next(run.folder, base.name_or_path))
+
+
+def _load_model(run: _Run, base: BaseOptions) -> PeftModel:
+    config = run.config
+    started = time.monotonic()
+    model = load_base(base, run.ranks.device)
+    policy = config.train.activations
+    if policy == "full" or (policy == "auto" and run.ranks.device.type == "cuda"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    adapted = attach(model, wiring.lora_options(config), config.seed)
+    adapted.train()
+    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    run.say(
+        f"model    {base.name_or_path}  {base.method}{' + double quantization' if base.double_quant else ''}, "
+        f"{str(base.dtype).removeprefix('torch.')} on {run.ranks.device}, "
+        f"{trainable:,} adapter parameters, loaded in {time.monotonic() - started:.1f} s"
+    )
+    return adapted
+
+
+def _identity(run: _Run, base: BaseOptions, data: TokenizedData) -> dict[str, Any]:
+    source = resolve(base.name_or_path, base.revision)
+    return wiring.identity(
+        run.config, base, base_fingerprint(source, base.revision), data.fingerprint, run.ranks.world_size
+    )
+
+
+def _resume(run: _Run, state: RunState, total: int) -> None:
+    """Goes on from the checkpoint that `checkpoint.resume_from_checkpoint` asks for, if there is one."""
+    options = run.config.checkpoint
+    checkpoint = resume.find(
+        run.folder, options.resume_from_checkpoint, warn=lambda text: run.say(f"[yellow]{text}")
+    )
+    if checkpoint is not None:
+        resume.check_same_run(checkpoint.state["identity"], state.identity, options.allow_change)
+        state.restore(checkpoint)
+        run.say(f"resume   {checkpoint.folder}, step {checkpoint.step} of {total}")
+    if state.progress.step > total:
+        raise ConfigError(
+            f"{run.folder} has been trained for {state.progress.step} steps and {total} are asked for: raise "
+            "train.max_steps, choose another output_dir, or set checkpoint.resume_from_checkpoint=never"
+        )
+    run.ranks.wait()
+    if run.ranks.main:
+        aside = resume.set_aside(run.folder, checkpoint.step if checkpoint is not None else None)
+        if aside is not None:
+            run.say(f"[yellow]earlier checkpoints are kept in {aside}")
+
+
+def _loop(
+    run: _Run,
+    state: RunState,
+    forward: ReferenceForward,
+    loader: Loader,
+    total: int,
+    held_out: list[Batch],
+) -> None:
+    config, ranks, signals = run.config, run.ranks, run.signals
+    checkpoints = run.folder / resume.CHECKPOINTS
+    trackers = _trackers(run, total, state.progress.step) if ranks.main else []
+    micro_step = MicroStep(forward, ranks.device)
+
+    def log(record: dict[str, Any]) -> None:
+        for tracker in trackers:
+            tracker.log(record)
+
+    def save(progress: Progress) -> None:
+        with signals.phase("saving"):
+            state.save(checkpoints)
+            if ranks.main:
+                best = progress.best_step if config.checkpoint.keep_best else 0
+                publish.retain(checkpoints, config.checkpoint.save_total_limit, best or None)
+
+    def evaluate() -> dict[str, float]:
+        with signals.phase("evaluating"), evaluating(state.model):
+            part = measure_loss(forward, held_out, ranks.device)
+            sums = torch.tensor([part.nll, part.weight, part.tokens], dtype=torch.float64)
+            nll, weight, tokens = ranks.sum_control(sums).tolist()
+            result = LossSum(nll, weight, int(tokens))
+            return {"eval_loss": result.loss, "eval_perplexity": result.perplexity}
+
+    try:
+        with signals.phase("training"):
+            train(
+                state.progress,
+                micro_step,
+                micro_step.scale,
+                state.optimizer,
+                loader,
+                partial(
+                    schedule.learning_rate,
+                    config.train.lr_scheduler_type,
+                    peak=config.train.learning_rate,
+                    warmup=schedule.warmup_steps(config.train.warmup_ratio, total),
+                    total=total,
+                ),
+                LoopOptions(
+                    total_steps=total,
+                    max_grad_norm=config.train.max_grad_norm,
+                    save_steps=config.checkpoint.save_steps,
+                    eval_steps=config.evaluate.eval_steps,
+                    logging_steps=config.train.logging_steps,
+                ),
+                ranks,
+                log=log,
+                save=save,
+                evaluate=evaluate if held_out else None,
+                stop_requested=signals.requested,
+            )
+    finally:
+        for tracker in trackers:
+            tracker.close()
+
+
+def _trackers(run: _Run, total: int, step: int) -> list[Tracker]:
+    trackers: list[Tracker] = [JsonlTracker(run.folder / "metrics.jsonl", step), ConsoleTracker(total, step)]
+    track = run.config.track
+    if "wandb" in track.report_to:
+        run_id = hashlib.sha256(str(run.folder.resolve()).encode()).hexdigest()[:12]
+        trackers.append(WandbTracker(track.project, run.folder, Redactor().tree(as_dict(run.config)), run_id))
+    return trackers
+
+
+def _compare_with_base(
+    run: _Run,
+    model: PeftModel,
+    forward: ReferenceForward,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: TokenizedData,
+    pad: int,
+) -> str:
+    """Prints base beside tuned and writes `evaluation.json`; returns the table as Markdown for the card."""
+    options = run.config.evaluate
+    stops = stop_ids(tokenizer, model.get_base_model().generation_config)
+    rows = HeldOut.of(
+        held_out, tokenizer, pad, task=options.task, max_rows=options.max_rows, batch_size=options.batch_size
+    )
+    sampling = Sampling(max_new_tokens=options.max_new_tokens, batch_size=options.batch_size)
+    base, tuned = score_base_and_tuned(model, forward, rows, tokenizer, stops, sampling)
+    console.print(
+        comparison(base, tuned, options.examples, title=f"held-out rows: {', '.join(held_out.sources)}")
+    )
+    result = {"base": base.as_dict(), "tuned": tuned.as_dict()}
+    disk.atomic_write(run.folder / "evaluation.json", json.dumps(result, indent=1).encode() + b"\n")
+    return markdown(base, tuned)
+
+
+def describe_data(data: TokenizedData, held_out: TokenizedData | None) -> str:
+    """What was read, in two lines at most."""
+    lines = []
+    for name, part in (("data", data), ("held out", held_out)):
+        if part is None:
+            continue
+        ledger = part.ledger
+        dropped = f", {ledger.read - ledger.kept} dropped" if ledger.read > ledger.kept else ""
+        lines.append(
+            f"{name:<8} {', '.join(part.sources)}  {'/'.join(sorted(set(part.formats)))}: {len(part):,} documents"
+            f"{dropped}, {part.n_tokens:,} tokens, {part.n_supervised / part.n_tokens:.0%} supervised"
+        )
+    return "\n".join(lines)
+
+
+def _describe_training(progress: Progress, first: int, seconds: float) -> str:
+    steps = progress.step - first
+    if not steps:
+        return f"trained  already at step {progress.step}; nothing left to do"
+    peak = ""
+    if torch.cuda.is_available():
+        peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB allocated"
+    return (
+        f"trained  {steps} steps in {seconds:.0f} s{peak}; {progress.supervised:,} supervised tokens in all"
+    )
+
+
+def _what_next(folder: Path, base: str) -> str:
+    return (
+        f"[bold]done[/]     the adapter is in {folder / 'adapter'}\n"
+        f"next     python -m qlora_trainer chat run={folder}\n"
+        f"         python -m qlora_trainer evaluate run={folder}\n"
+        f"         or load it with plain peft: {folder / 'adapter' / 'README.md'} says how"
+    )
