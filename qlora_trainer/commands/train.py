@@ -156,8 +156,9 @@ def _load_model(run: _Run, base: BaseOptions) -> PeftModel:
     adapted = attach(model, wiring.lora_options(config), config.seed)
     adapted.train()
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    double = " + double quantization" if base.double_quant else ""
     run.say(
-        f"model    {base.name_or_path}  {base.method}{' + double quantization' if base.double_quant else ''}, "
+        f"model    {base.name_or_path}  {base.method}{double}, "
         f"{str(base.dtype).removeprefix('torch.')} on {run.ranks.device}, "
         f"{trainable:,} adapter parameters, loaded in {time.monotonic() - started:.1f} s"
     )
@@ -299,9 +300,10 @@ def describe_data(data: TokenizedData, held_out: TokenizedData | None) -> str:
             continue
         ledger = part.ledger
         dropped = f", {ledger.read - ledger.kept} dropped" if ledger.read > ledger.kept else ""
+        formats = "/".join(sorted(set(part.formats)))
         lines.append(
-            f"{name:<8} {', '.join(part.sources)}  {'/'.join(sorted(set(part.formats)))}: {len(part):,} documents"
-            f"{dropped}, {part.n_tokens:,} tokens, {part.n_supervised / part.n_tokens:.0%} supervised"
+            f"{name:<8} {', '.join(part.sources)}  {formats}: {len(part):,} documents{dropped}, "
+            f"{part.n_tokens:,} tokens, {part.n_supervised / part.n_tokens:.0%} supervised"
         )
     return "\n".join(lines)
 

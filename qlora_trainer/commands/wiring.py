@@ -105,7 +105,7 @@ def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, role: str) 
 
 
 def use_template(tokenizer: PreTrainedTokenizerBase, data: TokenizedData) -> None:
-    """Gives the tokenizer the chat template the data were rendered with, so that it is stored with the adapter."""
+    """Gives the tokenizer the template the data were rendered with, to be stored with the adapter."""
     if data.chat_template is not None:
         tokenizer.chat_template = data.chat_template
 

@@ -72,9 +72,9 @@ class ReferenceForward:
                 if explicit:
                     inputs["attention_mask"] = document_mask(documents)
                 first, other = (
-                    self.model(
-                        input_ids=torch.cat((head, second), dim=1), use_cache=False, **inputs
-                    ).logits[:, 4:]
+                    self.model(input_ids=torch.cat((head, second), dim=1), use_cache=False, **inputs).logits[
+                        :, 4:
+                    ]
                     for head in (second, (second + 1) % 3)
                 )
                 if torch.equal(first, other):

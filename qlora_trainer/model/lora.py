@@ -41,13 +41,13 @@ def attach(model: PreTrainedModel, options: LoraOptions, seed: int) -> peft.Peft
     config = peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM,
         r=options.r,
-        lora_alpha=options.lora_alpha,  # type: ignore[arg-type]  # PEFT's hint says int, its arithmetic is float
+        lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         modules_to_save=list(options.modules_to_save) if options.modules_to_save else None,
         use_rslora=options.use_rslora,
         use_dora=options.use_dora,
-        init_lora_weights=options.init_lora_weights,  # type: ignore[arg-type]
+        init_lora_weights=options.init_lora_weights,
         bias="none",
     )
     names = {name for name, _ in model.named_modules()}
@@ -58,7 +58,9 @@ def attach(model: PreTrainedModel, options: LoraOptions, seed: int) -> peft.Peft
     try:
         adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
-        linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if "Linear" in type(m).__name__})
+        linear = sorted(
+            {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if "Linear" in type(m).__name__}
+        )
         raise ConfigError(
             f"lora.target_modules={targets!r} does not fit this model, whose linear layers are "
             f"{', '.join(linear)}: {str(error).splitlines()[0]}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from qlora_trainer.errors import MissingInputError
 
@@ -35,7 +36,7 @@ def resolve(name_or_path: str, revision: str | None = None) -> str:
     return name_or_path
 
 
-def read_config(name_or_path: str, revision: str | None = None) -> dict:
+def read_config(name_or_path: str, revision: str | None = None) -> dict[str, Any]:
     """The model's `config.json` as a dict, without loading anything else.
 
     Raises:
@@ -46,9 +47,10 @@ def read_config(name_or_path: str, revision: str | None = None) -> dict:
     if not path.is_file():
         path = Path(_hub_file(source, "config.json", revision))
     try:
-        return json.loads(path.read_text())
+        config: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
         raise MissingInputError(f"model.model_name_or_path: {path} is not JSON: {error}") from error
+    return config
 
 
 def _hub_file(name: str, filename: str, revision: str | None) -> str:
@@ -72,7 +74,7 @@ def _hub_file(name: str, filename: str, revision: str | None) -> str:
         raise MissingInputError(f"{where} has no revision {revision}: check model.revision") from error
     except RepositoryNotFoundError as error:
         raise MissingInputError(
-            f"{where}: no folder of that name here and no such model on the hub (or it is private: set HF_TOKEN)"
+            f"{where}: no folder of that name and no such model on the hub (or it is private: set HF_TOKEN)"
         ) from error
     except HFValidationError as error:
         raise MissingInputError(f"{where} is neither a folder that exists nor a valid hub name") from error

@@ -35,7 +35,9 @@ class WandbTracker:
             "config": config,
             "id": run_id,
             "resume": "allow",
-            "settings": wandb.Settings(init_timeout=INIT_SECONDS, silent=True, disable_git=True, save_code=False),
+            "settings": wandb.Settings(
+                init_timeout=INIT_SECONDS, silent=True, disable_git=True, save_code=False
+            ),
         }
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()

@@ -28,10 +28,10 @@ class Ranks:
     def __init__(self, device: torch.device) -> None:
         wanted = int(os.environ.get("WORLD_SIZE", "1"))
         if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and wanted == 1:
-            # Seen with accelerate 1.15: without GPUs its default launcher starts one process whatever was asked.
+            # accelerate 1.15 without GPUs: its default launcher starts one process whatever was asked.
             raise ConfigError(
-                "accelerate was asked for several processes and started one, as it does on a machine without GPUs: "
-                "write `accelerate launch --multi_gpu --num_processes N -m qlora_trainer …`, which works on CPUs too"
+                "accelerate was asked for several processes and started one, as it does without GPUs: write "
+                "`accelerate launch --multi_gpu --num_processes N -m qlora_trainer …`, good on CPUs too"
             )
         state = PartialState(cpu=device.type == "cpu")
         if state.num_processes != wanted:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -84,6 +84,10 @@ class Optimizer(Protocol):
     def step(self, lr: float, max_grad_norm: float) -> Tensor: ...
 
     def zero_grad(self) -> None: ...
+
+    def state_tensors(self) -> dict[str, Tensor]: ...
+
+    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None: ...
 
 
 class Loader(Protocol):
@@ -174,7 +178,8 @@ def train(
         scale.fill_(1.0 / max(step_batch.total_weight, 1e-8))
         loss_sum = torch.zeros((), device=ranks.device)
         counts = torch.zeros(2, dtype=torch.int64)
-        checksum, rows = 0, []
+        checksum = 0
+        rows: list[int] = []
         for batch in step_batch.micro_batches:
             counts += torch.tensor([batch.n_tokens, batch.n_supervised])
             checksum = zlib.crc32(batch.input_ids.numpy().tobytes(), checksum)

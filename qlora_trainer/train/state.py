@@ -7,11 +7,10 @@ itself), float32 masters and moments, every rank's random number generators, and
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -21,15 +20,9 @@ from qlora_trainer import __version__
 from qlora_trainer.checkpoint import format, publish, rng
 from qlora_trainer.checkpoint.format import Checkpoint
 from qlora_trainer.train.distributed import Ranks
-from qlora_trainer.train.loop import Progress
+from qlora_trainer.train.loop import Optimizer, Progress
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
-
-
-class Stateful(Protocol):
-    def state_tensors(self) -> dict[str, Tensor]: ...
-
-    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -41,7 +34,7 @@ class RunState:
     """
 
     model: PeftModel
-    optimizer: Stateful
+    optimizer: Optimizer
     progress: Progress
     identity: dict[str, Any]
     ranks: Ranks

@@ -38,7 +38,9 @@ def test_the_seed_alone_decides_the_initial_adapter(tmp_path):
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-@pytest.mark.parametrize("options", [{"use_rslora": True}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize(
+    "options", [{"use_rslora": True}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}]
+)
 def test_variants_train(base, options):
     model = attach(base, LoraOptions(r=4, **options), seed=1)
     model(input_ids=IDS, labels=IDS).loss.backward()

@@ -12,8 +12,8 @@ import pytest
 from tests import tiny
 
 KEYS = ["recipe=tiny", "lora.dtype=float32", "checkpoint.save_steps=2", "train.learning_rate=1e-2"]
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no",
-          "--dynamo_backend", "no"]  # fmt: skip
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
+LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]  # what it would only warn about
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,9 @@ def launch(prefix, inputs, folder, *keys):
         *keys,
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder.parent / "cache")}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=folder.parent, timeout=300
+    )
 
 
 def losses(folder):
