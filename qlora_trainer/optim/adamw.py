@@ -147,7 +147,7 @@ class AdamW:
         skip: Tensor,
     ) -> None:
         """The kernel of torch.optim.AdamW(fused=True); it also stores the clipped gradients."""
-        torch._fused_adamw_(  # type: ignore[call-overload]
+        torch._fused_adamw_(
             masters,
             gradients,
             exp_avgs,

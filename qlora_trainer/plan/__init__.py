@@ -7,9 +7,10 @@ shapes.py       config.json (or parameter shapes) -> ModelShape
 hardware.py     this machine, or one that is described -> Hardware
 settings.py     RunConfig -> the numbers that memory and time depend on
 memory.py       bytes per phase and part
-activations.py  bytes and FLOPs that a layer saves and repeats under each policy
+fast_path.py, reference_path.py   what a layer keeps, needs and repeats under each activation policy
 speed.py        seconds per step
-choose.py       policy per layer and pages on the GPU: the fastest mix that fits
-plan.py         all of it together; what to change when it does not fit
+choose.py       policy per layer and pages on the device: the fastest mix that fits
+changes.py      what to set instead when nothing fits
+plan.py         all of it together
 screen.py       one screen and plan.json
 """

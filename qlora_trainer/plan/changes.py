@@ -35,7 +35,7 @@ def cheapest(
 
     def peak(changed: Settings) -> int:
         choice = choose(shape, changed, hardware)
-        phases = memory.phases(shape, changed, choice.policies, choice.resident_state, choice.slots)
+        phases = memory.phases(shape, changed, choice.policies, choice.state, choice.dequantized)
         return max(phase.total for phase in phases)
 
     now, room = peak(settings), budget(hardware)

@@ -6,14 +6,15 @@ optimizer state on the device; what costs the fewest seconds for each byte it fr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qlora_trainer.plan import memory
-from qlora_trainer.plan.activations import repeated, saved_bytes
+from qlora_trainer.plan.fast_path import FastPath
 from qlora_trainer.plan.hardware import Hardware
+from qlora_trainer.plan.reference_path import ReferencePath
 from qlora_trainer.plan.settings import Settings
 from qlora_trainer.plan.shapes import ModelShape
-from qlora_trainer.plan.speed import forward_flops, reach
+from qlora_trainer.plan.speed import reach, repeated_work
 
 USABLE = 0.97  # of the device: the rest goes to fragmentation
 COMFORTABLE = 0.92  # of the device: with the margin by which the plan may be wrong left free
@@ -22,12 +23,25 @@ UNKNOWN_FLOPS, UNKNOWN_BUS = 100e12, 25e9  # only their ratio matters here
 
 @dataclass(frozen=True)
 class Choice:
-    """Policy of every layer; optimizer bytes on the device (slots beside them) and on the host."""
+    """What the plan decides, in bytes where it is a size.
+
+    Attributes:
+        policies: activation policy of every layer.
+        resident_state, host_state: optimizer pages on the device and on the host.
+        slots: device room that travelling pages need.
+        dequantized: 16-bit copies of base weights that stay on the device because there is room.
+    """
 
     policies: tuple[str, ...]
     resident_state: int
-    slots: int
     host_state: int
+    slots: int
+    dequantized: int = 0
+
+    @property
+    def state(self) -> int:
+        """Optimizer bytes on the device."""
+        return self.resident_state + self.slots
 
 
 def budget(hardware: Hardware) -> int:
@@ -42,14 +56,22 @@ def choose(shape: ModelShape, settings: Settings, hardware: Hardware) -> Choice:
 
     def peak(choice: Choice) -> int:
         return memory.step_phase(
-            shape, settings, base, choice.policies, choice.resident_state, choice.slots
+            shape, settings, base, choice.policies, choice.state, choice.dequantized
         ).total
 
     choices = _ladder(shape, settings, hardware)
     for choice in choices:
-        if peak(choice) <= room:
-            return choice
+        if (need := peak(choice)) <= room:
+            return replace(choice, dequantized=_dequantized(shape, settings, choice, room - need))
     return min(choices, key=peak)
+
+
+def _dequantized(shape: ModelShape, settings: Settings, choice: Choice, room: int) -> int:
+    """Room that is left when nothing is recomputed saves the dequantization of as many weights."""
+    path = memory.path_of(shape, settings)
+    if not isinstance(path, FastPath) or set(choice.policies) != {"none"} or settings.method == "none":
+        return 0
+    return min(room, path.dequantized())
 
 
 def _ladder(shape: ModelShape, settings: Settings, hardware: Hardware) -> list[Choice]:
@@ -64,7 +86,7 @@ def _ladder(shape: ModelShape, settings: Settings, hardware: Hardware) -> list[C
     fixed_resident = state if settings.optimizer_resident is None else min(state, settings.optimizer_resident)
     resident = fixed_resident if settings.paged else state
     if settings.activations != "auto":
-        policies = [_feasible(settings.activations, settings)] * shape.layers
+        policies = [_feasible(settings.activations, memory.path_of(shape, settings))] * shape.layers
     else:
         policies = ["none"] * shape.layers
     ladder = [_choice(policies, resident, state, settings)]
@@ -84,25 +106,27 @@ def _ladder(shape: ModelShape, settings: Settings, hardware: Hardware) -> list[C
 
 def _choice(policies: list[str], resident: int, state: int, settings: Settings) -> Choice:
     slots = memory.slot_bytes(settings) if resident < state else 0
-    return Choice(tuple(policies), resident, slots, state - resident)
+    return Choice(tuple(policies), resident, state - resident, slots)
 
 
 def _policy_moves(shape: ModelShape, settings: Settings, hardware: Hardware) -> list[tuple[float, str]]:
-    """Seconds for each byte that a step from one policy to the next frees, for one token."""
+    """Steps from `none` to smaller policies, each with its seconds for each byte that it frees."""
     if settings.activations != "auto":
         return []
+    path = memory.path_of(shape, settings)
     flops = (hardware.flops or UNKNOWN_FLOPS) * reach(settings).flops
-    forward = {**forward_flops(shape, settings), "nothing": 0.0}
-    moves, before = [], "none"
-    for policy in ("mlp", "full") if settings.fast and shape.gated else ("full",):
-        freed = saved_bytes(shape, settings, before) - saved_bytes(shape, settings, policy)
-        extra = forward[repeated(policy, settings)] - forward[repeated(before, settings)]
-        if freed > 0:
-            moves.append((extra / flops / freed, policy))
-            before = policy
-    return moves
+
+    def step(before: str, after: str) -> tuple[float, str]:
+        extra = [repeated_work(shape, settings, path.repeats(policy)) for policy in (after, before)]
+        freed = path.kept(before) - path.kept(after)
+        return settings.tokens * (extra[0] - extra[1]) / flops / freed, after
+
+    straight = step("none", "full")
+    if "mlp" not in path.policies or step("none", "mlp") > straight:
+        return [straight]  # what lies above the line from one end to the other is never worth it
+    return [step("none", "mlp"), step("mlp", "full")]
 
 
-def _feasible(policy: str, settings: Settings) -> str:
-    """The reference path has two policies; what it lacks becomes the smaller one."""
-    return policy if settings.fast or policy == "none" else "full"
+def _feasible(policy: str, path: FastPath | ReferencePath) -> str:
+    """What a path lacks becomes its smallest policy."""
+    return policy if policy in path.policies else path.policies[-1]

@@ -6,11 +6,12 @@ all parts but `context`; tests compare it with the bytes of real small models.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
-from qlora_trainer.plan.activations import saved_bytes, working_bytes
+from qlora_trainer.plan.fast_path import FastPath
+from qlora_trainer.plan.reference_path import ReferencePath
 from qlora_trainer.plan.settings import Settings
 from qlora_trainer.plan.shapes import Linear, ModelShape
 
@@ -19,7 +20,6 @@ BLOCK = 64  # elements that share a 4-bit scale (bitsandbytes' default)
 NESTED_BLOCK = 256  # scales that share a second-level scale
 STATE_BLOCK = 256  # elements that share an 8-bit moment's scale (optim/eight_bit.py)
 PAGE_ELEMENTS, SLOTS = 1 << 21, 3  # optim/pages.py
-HEAD_CHUNK_BYTES = 256 * MIB  # logits of one chunk on the fast path
 CUBLAS_WORKSPACE = 65 * MIB  # 32 MiB each for cuBLAS and cuBLASLt on Hopper
 CONTEXT = {"cuda": 500 * MIB, "cpu": 0}  # CUDA context, kernels, cuDNN; outside PyTorch's allocator
 
@@ -110,44 +110,9 @@ def slot_bytes(settings: Settings) -> int:
     return SLOTS * state_bytes(PAGE_ELEMENTS, settings.state_bits)
 
 
-def largest_group(shape: ModelShape) -> int:
-    """Elements of the largest weight that is dequantized at once: q, k, v together, or gate and up.
-
-    The fast path shares one workspace of this size; the reference path dequantizes layer by layer.
-    """
-    groups: Counter[str] = Counter()
-    for linear in shape.linears:
-        if linear.layer == 0:
-            groups[_group(linear.name)] += linear.numel
-    return max(groups.values(), default=0)
-
-
-def _group(name: str) -> str:
-    if name in ("q_proj", "k_proj", "v_proj"):
-        return "qkv"
-    return "gate_up" if name in ("gate_proj", "up_proj") else name
-
-
-def workspace_bytes(shape: ModelShape, settings: Settings) -> int:
-    if not is_quantized(settings):
-        return 0
-    if settings.fast:
-        return settings.dtype_bytes * largest_group(shape)
-    largest = max((x.numel for x in shape.linears), default=0)
-    # bitsandbytes restores the scales of the weight in float32, then makes the 16-bit weight.
-    return largest * settings.dtype_bytes + 4 * (largest // BLOCK)
-
-
-def logits_bytes(shape: ModelShape, settings: Settings, *, backward: bool) -> int:
-    """Peak of the LM head and the loss, on labelled tokens."""
-    n, s = settings.labelled, settings.dtype_bytes
-    if settings.fast:  # chunks whose logits become their own gradient; hidden states and their gradient
-        chunk = min(n * shape.vocab * s, HEAD_CHUNK_BYTES)
-        return chunk + 2 * n * shape.hidden * s
-    wide = 4 * n * shape.vocab
-    if not backward:
-        return s * n * shape.vocab + wide * (2 if s == 2 else 1)
-    return 3 * wide  # log-probabilities, their gradient, and that of the float32 logits
+def path_of(shape: ModelShape, settings: Settings) -> FastPath | ReferencePath:
+    """The path's own account of what its layers keep and need."""
+    return FastPath(shape, settings) if settings.fast else ReferencePath(shape, settings)
 
 
 def step_phase(
@@ -155,54 +120,49 @@ def step_phase(
     settings: Settings,
     base: Fixed,
     policies: Sequence[str],
-    resident_state: int,
-    slots: int,
+    state: int,
+    dequantized: int = 0,
 ) -> Phase:
-    """One micro-batch, forward and backward, at its largest."""
-    tokens = settings.tokens
-    saved = sum(saved_bytes(shape, settings, policy) for policy in policies)
-    # While a layer goes backward, what its policy did not keep is there again, of this layer alone.
-    recomputed = saved_bytes(shape, settings, "none") - min(
-        saved_bytes(shape, settings, policy) for policy in set(policies)
-    )
-    layer = tokens * (recomputed + working_bytes(shape, settings))
-    logits = logits_bytes(shape, settings, backward=True)
-    return Phase(
-        "step",
-        {
-            **_parts(base, settings, resident_state + slots),
-            "activations": tokens * saved + max(0, layer - logits),
-            "logits": logits,
-            "workspace": workspace_bytes(shape, settings) + _cublas(settings),
-        },
-    )
+    """One micro-batch, forward and backward, at its largest: its parts at the moment of the peak.
+
+    That moment is the head's, when every layer's tensors are kept, or the backward pass of some layer,
+    when those of the layers above are gone.
+    """
+    path = path_of(shape, settings)
+    kept = list(accumulate(path.kept(policy) for policy in policies))
+    head = path.head(backward=True)
+    layer = max(below + path.work(policy) for policy, below in zip(policies, kept, strict=True))
+    peak = max(kept[-1] + head, layer)
+    activations = kept[-1] if peak > layer else peak
+    parts = _parts(base, settings, state, dequantized)
+    return Phase("step", parts | {
+        "activations": activations, "logits": peak - activations, "workspace": _workspace(path, settings),
+    })  # fmt: skip
 
 
 def evaluation_phase(
-    shape: ModelShape, settings: Settings, base: Fixed, resident_state: int, slots: int
+    shape: ModelShape, settings: Settings, base: Fixed, state: int, dequantized: int = 0
 ) -> Phase:
-    """A forward pass without saving anything but what one layer has in hand."""
-    return Phase(
-        "evaluation",
-        {
-            **_parts(base, settings, resident_state + slots),
-            "activations": settings.tokens * working_bytes(shape, settings),
-            "logits": logits_bytes(shape, settings, backward=False),
-            "workspace": workspace_bytes(shape, settings) + _cublas(settings),
-        },
-    )
+    """A forward pass that saves nothing: one layer at work, or the head."""
+    path = path_of(shape, settings)
+    layer, head = path.evaluation(), path.head(backward=False)
+    parts = _parts(base, settings, state, dequantized)
+    return Phase("evaluation", parts | {
+        "activations": layer if layer > head else 0, "logits": head if head >= layer else 0,
+        "workspace": _workspace(path, settings),
+    })  # fmt: skip
 
 
 def phases(
-    shape: ModelShape, settings: Settings, policies: Sequence[str], resident_state: int, slots: int
+    shape: ModelShape, settings: Settings, policies: Sequence[str], state: int, dequantized: int = 0
 ) -> tuple[Phase, ...]:
-    """All phases of a run, in order."""
+    """All phases of a run, in order; `state` is what the optimizer has on the device."""
     base = fixed(shape, settings)
     found = [load_phase(shape, settings, base)]
-    found.append(step_phase(shape, settings, base, policies, resident_state, slots))
+    found.append(step_phase(shape, settings, base, policies, state, dequantized))
     if settings.evaluates:
-        found.append(evaluation_phase(shape, settings, base, resident_state, slots))
-    found.append(save_phase(settings, base, resident_state, slots))
+        found.append(evaluation_phase(shape, settings, base, state, dequantized))
+    found.append(save_phase(settings, base, state, dequantized))
     if settings.merges:
         found.append(merge_phase(shape, settings, base))
     return tuple(found)
@@ -217,9 +177,9 @@ def load_phase(shape: ModelShape, settings: Settings, base: Fixed) -> Phase:
     )
 
 
-def save_phase(settings: Settings, base: Fixed, resident_state: int, slots: int) -> Phase:
+def save_phase(settings: Settings, base: Fixed, state: int, dequantized: int = 0) -> Phase:
     """State is copied to the host piece by piece; nothing is added on the device."""
-    return Phase("save", {**_parts(base, settings, resident_state + slots), "workspace": _cublas(settings)})
+    return Phase("save", _parts(base, settings, state, dequantized) | {"workspace": _cublas(settings)})
 
 
 def merge_phase(shape: ModelShape, settings: Settings, base: Fixed) -> Phase:
@@ -228,16 +188,24 @@ def merge_phase(shape: ModelShape, settings: Settings, base: Fixed) -> Phase:
     return Phase("merge", {**_parts(base, settings, 0), "gradients": 0, "workspace": 3 * 4 * largest})
 
 
-def _parts(base: Fixed, settings: Settings, optimizer: int) -> dict[str, int]:
+def _parts(base: Fixed, settings: Settings, state: int, dequantized: int = 0) -> dict[str, int]:
     return {
         "base weights": base.base_weights,
         "quantization constants": base.quantization_constants,
+        "dequantized weights": dequantized,
         "embeddings, head, norms": base.embeddings_and_head,
         "adapter": base.adapter,
         "gradients": base.gradients,
-        "optimizer": optimizer,
+        "optimizer": state,
+        "activations": 0,
+        "logits": 0,
+        "workspace": 0,
         "context": CONTEXT[settings.device],
     }
+
+
+def _workspace(path: FastPath | ReferencePath, settings: Settings) -> int:
+    return path.workspace() + _cublas(settings)
 
 
 def _cublas(settings: Settings) -> int:

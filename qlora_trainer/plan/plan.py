@@ -15,7 +15,6 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.plan import memory
 from qlora_trainer.plan import settings as settings_module
-from qlora_trainer.plan.activations import saved_bytes
 from qlora_trainer.plan.changes import Change, cheapest
 from qlora_trainer.plan.choose import Choice, budget, choose
 from qlora_trainer.plan.hardware import GIB, Hardware
@@ -36,6 +35,7 @@ class RunPlan:
         phases: peak of each phase, by part.
         policies: activation policy of every layer, from the first.
         optimizer_resident: optimizer bytes that stay on the device, to hand to the optimizer.
+        dequantized: base weights kept in 16 bits because there is room, to hand to the fast path.
         host, disk: RAM and disk, by part.
         tokens_per_step: of all ranks, padding included, on average.
         changes: if it does not fit, the three cheapest ways out.
@@ -49,6 +49,7 @@ class RunPlan:
     phases: tuple[memory.Phase, ...]
     policies: tuple[str, ...]
     optimizer_resident: int
+    dequantized: int
     host: dict[str, int]
     disk: dict[str, int]
     rows: int
@@ -104,11 +105,11 @@ def make_plan(
     """The plan of one run. Without `data`, every row counts as full and every token as labelled."""
     settings = settings_module.from_config(config, hardware, shape, data, world_size)
     choice = choose(shape, settings, hardware)
-    phases = memory.phases(shape, settings, choice.policies, choice.resident_state, choice.slots)
+    phases = memory.phases(shape, settings, choice.policies, choice.state, choice.dequantized)
     room = budget(hardware)
     peak = max(phase.total for phase in phases)
     fits = peak <= room
-    micro = micro_batch_seconds(shape, settings, hardware, choice.policies)
+    micro = micro_batch_seconds(shape, settings, hardware, choice.policies, choice.dequantized)
     update = optimizer_seconds(shape, settings, hardware, choice.host_state)
     seconds = None if micro is None or update is None else micro * settings.accumulation + update
     tokens = settings.rows * settings.mean_length * settings.accumulation * world_size
@@ -121,6 +122,7 @@ def make_plan(
         phases=phases,
         policies=choice.policies,
         optimizer_resident=choice.resident_state,
+        dequantized=choice.dequantized,
         host=_host(shape, settings, choice, data),
         disk=_disk(shape, settings),
         rows=settings.rows,
@@ -180,13 +182,12 @@ def _beside(what: str, predicted: float, measured: float, unit: str, margin: flo
 def _host(shape: ModelShape, settings: Settings, choice: Choice, data: DataFacts | None) -> dict[str, int]:
     trained = memory.adapter_parameters(shape, settings)
     largest = max((x.numel for x in shape.linears), default=0)
-    offloaded = sum(policy == "offload" for policy in choice.policies)
-    kept = saved_bytes(shape, settings, "none")
+    path = memory.path_of(shape, settings)
     return {
         "process": PROCESS if settings.device == "cuda" else PROCESS // 4,
         "loading": 2 * max(largest, shape.embedding) * settings.dtype_bytes,
         "optimizer pages": choice.host_state,
-        "offloaded activations": offloaded * kept * settings.tokens,
+        "offloaded activations": sum(path.on_host(policy) for policy in choice.policies),
         "checkpoint in flight": memory.state_bytes(trained, settings.state_bits)
         + settings.adapter_bytes * trained,
         "data": 16 * data.tokens if data else 0,

@@ -69,13 +69,13 @@ def _against(need: int, have: int | None) -> str:
 
 def _memory(plan: RunPlan) -> Table:
     """GiB by part (rows) and phase (columns)."""
-    names = [name for name in plan.peak.parts if any(phase.parts.get(name) for phase in plan.phases)]
+    names = [name for name in plan.peak.parts if any(phase.parts[name] for phase in plan.phases)]
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("device memory, GiB")
+    table.add_column("device memory at the peak, GiB")
     for phase in plan.phases:
         table.add_column(phase.name, justify="right")
     for name in names:
-        table.add_row(name, *(gib(phase.parts.get(name, 0)) for phase in plan.phases))
+        table.add_row(name, *(gib(phase.parts[name]) for phase in plan.phases))
     table.add_row("[dim]allocated[/dim]", *(f"[dim]{gib(phase.allocated)}[/dim]" for phase in plan.phases))
     style = "bold" if plan.fits else "bold red"
     table.add_row(

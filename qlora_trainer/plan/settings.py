@@ -13,6 +13,8 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.plan.hardware import GIB, Hardware
 from qlora_trainer.plan.shapes import ModelShape
 
+# Of model/fused/recognise.py's families those whose layers are fused (gemma2's soft-caps are declined).
+FAST_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "phi3"}
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -98,8 +100,7 @@ def from_config(
         device=hardware.device,
         fast=config.model.kernels == "auto"
         and hardware.device == "cuda"
-        and shape.exact
-        and shape.norm == "rms"
+        and shape.model_type in FAST_FAMILIES
         and quantization.method in ("nf4", "fp4", "none")
         and not lora.use_dora
         and lora.lora_dropout == 0,

@@ -19,7 +19,7 @@ from qlora_trainer.errors import MissingInputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-KNOWN = {  # model types whose saved tensors are tested against `activations.py`
+KNOWN = {  # model types whose saved tensors are tested against `reference_path.py`
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "opt",
 }  # fmt: skip
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qlora_trainer.plan.activations import repeated
 from qlora_trainer.plan.hardware import Hardware
-from qlora_trainer.plan.memory import adapter_parameters, is_quantized
+from qlora_trainer.plan.memory import adapter_parameters, is_quantized, path_of
 from qlora_trainer.plan.settings import Settings
 from qlora_trainer.plan.shapes import ModelShape
 
@@ -30,7 +29,7 @@ class Reach:
     host: float
 
 
-FAST = Reach(flops=0.52, bandwidth=0.75, host=0.0025)
+FAST = Reach(flops=0.52, bandwidth=0.75, host=0.0015)
 REFERENCE = Reach(flops=0.28, bandwidth=0.6, host=0.010)
 CPU = Reach(flops=1.0, bandwidth=1.0, host=0.0)
 CPU_DEQUANTIZATION = 1.17  # an NF4 step beside one with dense weights
@@ -42,34 +41,42 @@ def reach(settings: Settings) -> Reach:
     return FAST if settings.fast else REFERENCE
 
 
-def forward_flops(shape: ModelShape, settings: Settings) -> dict[str, float]:
-    """FLOPs of one token's forward pass: per layer `layer` and within it `gate_up`; and `head`."""
+def repeated_work(shape: ModelShape, settings: Settings, what: str) -> float:
+    """`repeated_flops` as products would take: attention runs at half their rate."""
+    attention = _attention(shape, settings) if what in ("layer", "all but down") else 0.0
+    return repeated_flops(shape, settings, what) + attention
+
+
+def _attention(shape: ModelShape, settings: Settings) -> float:
+    """FLOPs a token of causal attention in one layer, forward."""
+    return 2.0 * settings.mean_length * shape.q
+
+
+def repeated_flops(shape: ModelShape, settings: Settings, what: str) -> float:
+    """FLOPs a token of the part of one layer's forward pass that runs twice."""
+    if what == "nothing":
+        return 0.0
+    layer = [x for x in shape.linears if x.layer == 0]
+    if what == "gate_up":
+        return 2.0 * sum(x.numel for x in layer if x.name in ("gate_proj", "up_proj", "gate_up_proj"))
     adapter = adapter_parameters(shape, settings) / shape.layers
-    linear = sum(x.numel for x in shape.linears if x.layer is not None) / shape.layers
-    gate_up = sum(
-        x.numel for x in shape.linears if x.layer == 0 and x.name in ("gate_proj", "up_proj", "gate_up_proj")
-    )
-    attention = 2.0 * settings.mean_length * shape.q
-    return {
-        "layer": 2 * linear + attention + 2 * adapter,
-        "gate_up": 2.0 * gate_up,
-        "head": 2.0 * shape.head_numel * settings.supervised,
-    }
+    down = sum(x.numel for x in layer if x.name == "down_proj") if what == "all but down" else 0
+    return 2.0 * (sum(x.numel for x in layer) - down + adapter) + _attention(shape, settings)
 
 
 def token_flops(shape: ModelShape, settings: Settings, policies: Sequence[str]) -> float:
     """FLOPs of one token, forward, backward and what is repeated."""
-    forward = forward_flops(shape, settings)
-    adapter = adapter_parameters(shape, settings)
-    linear = sum(x.numel for x in shape.linears)
-    attention = 2.0 * settings.mean_length * shape.q * shape.layers
-    once = 4.0 * linear + 2 * forward["head"] + 3.5 * attention + 6 * adapter
-    twice = {"layer": forward["layer"], "gate_up": forward["gate_up"], "nothing": 0.0}
-    return once + sum(twice[repeated(policy, settings)] for policy in policies)
+    path = path_of(shape, settings)
+    linear = 4.0 * sum(x.numel for x in shape.linears)
+    head = 4.0 * shape.head_numel * settings.supervised
+    attention = 3.5 * _attention(shape, settings) * shape.layers
+    adapter = 6.0 * adapter_parameters(shape, settings)
+    again = sum(repeated_flops(shape, settings, path.repeats(policy)) for policy in policies)
+    return linear + head + attention + adapter + again
 
 
 def micro_batch_seconds(
-    shape: ModelShape, settings: Settings, hardware: Hardware, policies: Sequence[str]
+    shape: ModelShape, settings: Settings, hardware: Hardware, policies: Sequence[str], dequantized: int = 0
 ) -> float | None:
     """Seconds of one average micro-batch; None where the hardware's speed is not known."""
     if hardware.flops is None:
@@ -77,12 +84,14 @@ def micro_batch_seconds(
     part = reach(settings)
     tokens = settings.rows * settings.mean_length
     seconds = tokens * token_flops(shape, settings, policies) / (hardware.flops * part.flops)
-    passes = 2 + sum(repeated(policy, settings) == "layer" for policy in policies) / len(policies)
+    path = path_of(shape, settings)
+    passes = 2 + sum(path.repeats(policy) in ("layer", "all but down") for policy in policies) / len(policies)
     if is_quantized(settings):
         if hardware.bandwidth is None:
             seconds *= CPU_DEQUANTIZATION
         else:
             weight = sum(x.numel for x in shape.linears)
+            weight -= min(weight, dequantized // settings.dtype_bytes)
             moved = weight * (0.52 + settings.dtype_bytes)  # read the codes, write 16-bit values
             seconds += passes * moved / (hardware.bandwidth * part.bandwidth)
     return max(seconds, shape.layers * part.host * passes / 2)

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_trainer.plan import shapes
-from qlora_trainer.plan.activations import saved_bytes
+from qlora_trainer.plan.fast_path import FastPath
+from qlora_trainer.plan.reference_path import ReferencePath
 from tests import tiny
 from tests.plan.sizes import llama3_8b, settings
 
@@ -71,17 +72,20 @@ def test_reference_path_saves_what_the_formula_says(tmp_path, architecture, dtyp
         tiny.model(architecture, num_hidden_layers=layers, **changes).save_pretrained(folder)
         measured.append(bytes_saved(folder, dtype, targets if isinstance(targets, str) else list(targets)))
     shape = shapes.from_folder(folder)
-    wanted = settings(fast=False, r=8, dtype_bytes=dtype.itemsize, target_modules=targets)
-    predicted = saved_bytes(shape, wanted, "none") * ROWS * LENGTH
+    wanted = settings(
+        fast=False, rows=ROWS, length=LENGTH, r=8, dtype_bytes=dtype.itemsize, target_modules=targets
+    )
+    predicted = ReferencePath(shape, wanted).kept("none")
     # Gemma keeps float32 copies of its norms' factors, a few bytes a token here.
     assert measured[1] - measured[0] == pytest.approx(predicted, rel=0.005)
 
 
 def test_fast_path_saves_the_least() -> None:
     """PEERS' floors for the 8B shape: 3.0, 1.2 and 0.26 MB a token."""
-    shape = llama3_8b()
-    per_token = {
-        policy: 32 * saved_bytes(shape, settings(), policy) / 1e6 for policy in ("none", "mlp", "full")
-    }
-    assert per_token == pytest.approx({"none": 3.02, "mlp": 1.18, "full": 0.262}, rel=0.01)
-    assert 32 * saved_bytes(shape, settings(fast=False), "none") / 1e6 == pytest.approx(5.9, rel=0.01)
+    wanted = settings(rows=1, length=1)
+    fast, reference = (path(llama3_8b(), wanted) for path in (FastPath, ReferencePath))
+    megabytes = {policy: 32 * fast.kept(policy) / 1e6 for policy in fast.policies}
+    assert megabytes == pytest.approx(
+        {"none": 3.02, "mlp": 1.18, "full": 0.262, "offload": 0.0}, rel=0.02, abs=0.02
+    )
+    assert 32 * reference.kept("none") / 1e6 == pytest.approx(5.9, rel=0.01)
