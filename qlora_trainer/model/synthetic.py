@@ -1,0 +1,138 @@
+"""A quantized base of any shape with random weights, made in seconds and without 16-bit weights.
+
+In: a transformers config and a device. Out: what `load.load_base` gives, ready for adapters, for
+benchmarks and memory grids: nobody downloads 140 GB to learn how fast 70B trains. The 4-bit codes
+are drawn as they are, uniformly: NF4 spaces its values so that normal weights use all alike.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bitsandbytes as bnb
+import bitsandbytes.functional as bnb_functional
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+BLOCK, NESTED_BLOCK = 64, 256  # elements a scale, scales a second-level scale: bitsandbytes' defaults
+NF4_DEVIATION = 0.56  # of a code drawn uniformly
+SPREAD = 0.2  # of the scales around their mean
+
+
+def random_base(
+    config: Any,
+    device: torch.device,
+    *,
+    method: str = "nf4",
+    double_quant: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A frozen causal language model whose linear layers, but the head, are random 4-bit weights.
+
+    Weights have standard deviation 1/√(input width), so that deep stacks stay finite. `method` is
+    nf4, fp4, or none for random weights in `dtype`. Peak memory is the model's own size.
+    """
+    assert method in ("nf4", "fp4", "none"), method
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    head = model.get_output_embeddings()
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and module is not head:
+            parent = model.get_submodule(name.rpartition(".")[0])
+            if method != "none":
+                setattr(
+                    parent, name.rpartition(".")[2], _linear(module, method, double_quant, dtype, generator)
+                )
+                continue
+            module.to_empty(device=device)
+            module.weight.data.normal_(std=module.in_features**-0.5, generator=generator)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)  # transformers draws from the global generator
+        for module in model.modules():
+            if any(tensor.is_meta for tensor in _own(module)):
+                module.to_empty(device=device, recurse=False)
+                model._init_weights(module)
+    model.tie_weights()
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    if method != "none":
+        model.is_loaded_in_4bit = model.is_quantized = True  # what PEFT asks for
+        model.config.quantization_config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=method,
+            bnb_4bit_use_double_quant=double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return model
+
+
+def _own(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
+def _linear(
+    plain: nn.Linear, method: str, double_quant: bool, dtype: torch.dtype, generator: torch.Generator
+) -> bnb.nn.Linear4bit:
+    """A bitsandbytes layer of the size of `plain`, on the generator's device."""
+    device = generator.device
+    with torch.device("meta"):
+        layer = bnb.nn.Linear4bit(
+            plain.in_features,
+            plain.out_features,
+            bias=plain.bias is not None,
+            compute_dtype=dtype,
+            compress_statistics=double_quant,
+            quant_type=method,
+        )
+    layer.weight = bnb.nn.Params4bit(
+        torch.randint(
+            0, 256, (plain.weight.numel() // 2, 1), dtype=torch.uint8, device=device, generator=generator
+        ),
+        requires_grad=False,
+        quant_state=_state(plain, method, double_quant, dtype, generator),
+        blocksize=BLOCK,
+        compress_statistics=double_quant,
+        quant_type=method,
+        module=layer,
+        bnb_quantized=True,
+    )
+    layer.quant_state = layer.weight.quant_state
+    layer.support_avx512bf16_for_cpu = False  # as load_base: evaluation must not repack the weight
+    if plain.bias is not None:
+        layer.bias = nn.Parameter(
+            torch.zeros(plain.out_features, dtype=dtype, device=device), requires_grad=False
+        )
+    return layer
+
+
+def _state(
+    plain: nn.Linear, method: str, double_quant: bool, dtype: torch.dtype, generator: torch.Generator
+) -> bnb_functional.QuantState:
+    device = generator.device
+    blocks = -(-plain.weight.numel() // BLOCK)
+    scale = plain.in_features**-0.5 / NF4_DEVIATION
+    state = bnb_functional.QuantState(
+        absmax=torch.empty(0),
+        shape=plain.weight.shape,
+        code=bnb_functional.get_4bit_type(method, device=device),
+        blocksize=BLOCK,
+        quant_type=method,
+        dtype=dtype,
+    )
+    if not double_quant:
+        noise = torch.rand(blocks, device=device, generator=generator)
+        state.absmax = noise.mul_(2 * SPREAD).add_(1 - SPREAD).mul_(scale)
+        return state
+    state.absmax = torch.randint(0, 256, (blocks,), dtype=torch.uint8, device=device, generator=generator)
+    state.offset = torch.full((), scale, device=device)
+    state.state2 = bnb_functional.QuantState(
+        absmax=torch.full((-(-blocks // NESTED_BLOCK),), SPREAD * scale, device=device),
+        code=bnb_functional.create_dynamic_map().to(device),
+        blocksize=NESTED_BLOCK,
+        dtype=torch.float32,
+    )
+    state.nested = True
+    return state
