@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -13,23 +12,18 @@ from typing import Any
 import torch
 from peft import PeftModel
 from rich.console import RenderableType
-from transformers import PreTrainedTokenizerBase
 
 from qlora_trainer.checkpoint import disk, publish, resume
-from qlora_trainer.commands import wiring
+from qlora_trainer.commands import comparison, wiring
 from qlora_trainer.config.claim import claim_output_dir
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.config.watch import as_dict, unread_keys
 from qlora_trainer.data import Batch, Loader, TokenizedData
 from qlora_trainer.errors import ConfigError, QLoRAError
-from qlora_trainer.evaluate.generate import Sampling
-from qlora_trainer.evaluate.held_out import HeldOut
 from qlora_trainer.evaluate.perplexity import LossSum, evaluating, measure_loss
-from qlora_trainer.evaluate.report import comparison, markdown
-from qlora_trainer.evaluate.score import score_base_and_tuned
 from qlora_trainer.export.adapter import TrainedOn, export_adapter
 from qlora_trainer.export.fingerprint import base_fingerprint
-from qlora_trainer.inference.stop import pad_id, stop_ids
+from qlora_trainer.inference.stop import stop_ids
 from qlora_trainer.model.forward import ReferenceForward
 from qlora_trainer.model.load import BaseOptions, load_base, load_tokenizer, pick_device
 from qlora_trainer.model.lora import attach
@@ -93,13 +87,11 @@ def _train(run: _Run) -> None:
 
     with signals.phase("tokenizing", interruptible=True):
         tokenizer = load_tokenizer(base.name_or_path, base.revision)
-        data = wiring.load_data(config, tokenizer, "train")
-        held_out = wiring.load_data(config, tokenizer, "eval") if config.evaluate.enabled else None
-        assert data is not None
+        data = wiring.load_data(config, tokenizer)
+        held_out = wiring.load_held_out(config, tokenizer) if config.evaluate.enabled else []
         wiring.use_template(tokenizer, data)
         run.say(describe_data(data, held_out))
-    pad = pad_id(tokenizer, stop_ids(tokenizer))
-    loader = wiring.train_loader(config, data, pad, ranks.rank, ranks.world_size)
+    loader = wiring.train_loader(config, tokenizer, data, ranks)
     total = config.train.max_steps
     if total <= 0:
         total = count_steps(loader, config.train.num_train_epochs)
@@ -117,19 +109,20 @@ def _train(run: _Run) -> None:
         state = RunState(model, optimizer, Progress(), _identity(run, base, data), ranks)
         torch.manual_seed(config.seed + ranks.rank)  # dropout differs between ranks, adapters do not
         _resume(run, state, total)
-        held_out_batches = (
-            wiring.held_out_batches(config, held_out, pad, ranks.rank, ranks.world_size) if held_out else []
-        )
+        batches = [
+            batch for part in held_out for batch in wiring.held_out_batches(config, tokenizer, part, ranks)
+        ]
 
     first, started = state.progress.step, time.monotonic()
-    _loop(run, state, forward, loader, total, held_out_batches)
+    _loop(run, state, forward, loader, total, batches)
     run.say(_describe_training(state.progress, first, time.monotonic() - started))
     if not ranks.main:
         return
     measured = ""
-    if held_out is not None:
+    if held_out:
         with signals.phase("evaluating", interruptible=True):
-            measured = _compare_with_base(run, model, forward, tokenizer, held_out, pad)
+            stops = stop_ids(tokenizer, model.get_base_model().generation_config)
+            measured = comparison.compare(config, run.folder, model, forward, tokenizer, stops, held_out)
     with signals.phase("exporting", interruptible=True):
         export_adapter(
             model,
@@ -268,36 +261,10 @@ def _trackers(run: _Run, total: int, step: int) -> list[Tracker]:
     return trackers
 
 
-def _compare_with_base(
-    run: _Run,
-    model: PeftModel,
-    forward: ReferenceForward,
-    tokenizer: PreTrainedTokenizerBase,
-    held_out: TokenizedData,
-    pad: int,
-) -> str:
-    """Prints base beside tuned and writes `evaluation.json`; returns the table as Markdown for the card."""
-    options = run.config.evaluate
-    stops = stop_ids(tokenizer, model.get_base_model().generation_config)
-    rows = HeldOut.of(
-        held_out, tokenizer, pad, task=options.task, max_rows=options.max_rows, batch_size=options.batch_size
-    )
-    sampling = Sampling(max_new_tokens=options.max_new_tokens, batch_size=options.batch_size)
-    base, tuned = score_base_and_tuned(model, forward, rows, tokenizer, stops, sampling)
-    console.print(
-        comparison(base, tuned, options.examples, title=f"held-out rows: {', '.join(held_out.sources)}")
-    )
-    result = {"base": base.as_dict(), "tuned": tuned.as_dict()}
-    disk.atomic_write(run.folder / "evaluation.json", json.dumps(result, indent=1).encode() + b"\n")
-    return markdown(base, tuned)
-
-
-def describe_data(data: TokenizedData, held_out: TokenizedData | None) -> str:
-    """What was read, in two lines at most."""
+def describe_data(data: TokenizedData, held_out: list[TokenizedData]) -> str:
+    """What was read, a line for each part."""
     lines = []
-    for name, part in (("data", data), ("held out", held_out)):
-        if part is None:
-            continue
+    for name, part in [("data", data), *(("held out", part) for part in held_out)]:
         ledger = part.ledger
         dropped = f", {ledger.read - ledger.kept} dropped" if ledger.read > ledger.kept else ""
         formats = "/".join(sorted(set(part.formats)))

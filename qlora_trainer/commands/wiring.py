@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -10,8 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data import Batch, DataOptions, Loader, TokenizedData, load_tokenized
+from qlora_trainer.evaluate.held_out import HeldOut
+from qlora_trainer.inference.stop import pad_id, stop_ids
 from qlora_trainer.model.load import DTYPES, BaseOptions, pick_dtype
 from qlora_trainer.model.lora import LoraOptions
+from qlora_trainer.train.distributed import Ranks
 
 
 def base_options(config: RunConfig, device: torch.device) -> BaseOptions:
@@ -96,12 +100,32 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, list | tuple) else value
 
 
-def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, role: str) -> TokenizedData | None:
-    """The tokenized rows of `train` or `eval`; None if nothing is held out."""
-    options = DataOptions(**{f.name: getattr(config.data, f.name) for f in fields(DataOptions)})
-    if role == "eval" and not options.has_eval:
-        return None
-    return load_tokenized(options, tokenizer, max_length=config.train.max_length, seed=config.seed, role=role)
+def data_options(config: RunConfig) -> DataOptions:
+    return DataOptions(**{f.name: getattr(config.data, f.name) for f in fields(DataOptions)})
+
+
+def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TokenizedData:
+    """The tokenized training rows."""
+    length = config.train.max_length
+    return load_tokenized(data_options(config), tokenizer, max_length=length, seed=config.seed, role="train")
+
+
+def load_held_out(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[TokenizedData]:
+    """The tokenized held-out rows, each source of `data.eval_path` by itself; empty if there are none."""
+    options = data_options(config)
+    if not options.has_eval:
+        return []
+    paths = options.eval_path if isinstance(options.eval_path, list) else [options.eval_path]
+    return [
+        load_tokenized(
+            replace(options, eval_path=path),
+            tokenizer,
+            max_length=config.train.max_length,
+            seed=config.seed,
+            role="eval",
+        )
+        for path in paths
+    ]
 
 
 def use_template(tokenizer: PreTrainedTokenizerBase, data: TokenizedData) -> None:
@@ -110,7 +134,9 @@ def use_template(tokenizer: PreTrainedTokenizerBase, data: TokenizedData) -> Non
         tokenizer.chat_template = data.chat_template
 
 
-def train_loader(config: RunConfig, data: TokenizedData, pad_id: int, rank: int, world_size: int) -> Loader:
+def train_loader(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: TokenizedData, ranks: Ranks
+) -> Loader:
     train = config.train
     return Loader(
         data,
@@ -120,35 +146,18 @@ def train_loader(config: RunConfig, data: TokenizedData, pad_id: int, rank: int,
         packing=train.packing,
         group_by_length=train.group_by_length,
         seed=config.seed,
-        rank=rank,
-        world_size=world_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
         num_workers=config.data.num_workers,
-        pad_id=pad_id,
+        pad_id=pad_id(tokenizer, stop_ids(tokenizer)),
     )
 
 
 def held_out_batches(
-    config: RunConfig, data: TokenizedData, pad_id: int, rank: int = 0, world_size: int = 1
-) -> list[Batch]:
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: TokenizedData, ranks: Ranks
+) -> Sequence[Batch]:
     """Held-out rows as batches, at most `evaluate.max_rows` of them, this rank's share."""
-    size = config.train.per_device_train_batch_size
-    loader = Loader(
-        data,
-        micro_batch_size=size,
-        accumulation=1,
-        max_length=config.train.max_length,
-        packing=False,
-        group_by_length=False,
-        seed=0,
-        rank=rank,
-        world_size=world_size,
-        pad_id=pad_id,
-    )
-    batches: list[Batch] = []
-    limit, rows = config.evaluate.max_rows, 0
-    for step in loader.steps(0):
-        if limit is not None and rows >= limit:
-            break
-        batches += step.micro_batches
-        rows += size * world_size
-    return batches
+    wanted = config.evaluate
+    pad = pad_id(tokenizer, stop_ids(tokenizer))
+    rows = HeldOut.of(data, tokenizer, pad, max_rows=wanted.max_rows, batch_size=wanted.batch_size)
+    return rows.batches[ranks.rank :: ranks.world_size]

@@ -37,6 +37,8 @@ class Scores:
         return found
 
 
+LONGEST_ANSWER = 160  # characters shown
+
 _ROWS = {  # key of `as_dict` -> label and number format
     "loss": ("loss (nats per token)", "{:.4f}"),
     "perplexity": ("perplexity", "{:.2f}"),
@@ -106,4 +108,6 @@ def _evenly(base: MatchScore, tuned: MatchScore, wanted: int) -> Iterator[tuple[
 
 def _marked(answer: Answer) -> Text:
     right = answer.exact or answer.json_equal
-    return Text(f"{'✓' if right else '✗'} {answer.text.strip()}", style="green" if right else "red")
+    text = " ".join(answer.text.split())  # a model that rambles must not fill the screen
+    shown = text if len(text) <= LONGEST_ANSWER else text[: LONGEST_ANSWER - 1] + "…"
+    return Text(f"{'✓' if right else '✗'} {shown}", style="green" if right else "red")
