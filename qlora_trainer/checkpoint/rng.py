@@ -8,7 +8,7 @@ byte strings (`to_bytes`), and all are exact: integers as they are, cached Gauss
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -50,6 +50,24 @@ def restore(states: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(states["torch.cpu"])
     if "torch.cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["torch.cuda"])
+
+
+def keep() -> Callable[[], None]:
+    """A function that puts this process's generators back to where they are now.
+
+    For undoing a step in the same process: a tenth of the cost of `capture`, and no device is asked.
+    """
+    python, legacy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+
+    def put_back() -> None:
+        random.setstate(python)
+        np.random.set_state(legacy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+
+    return put_back
 
 
 def to_bytes(states: Mapping[str, Tensor]) -> Tensor:

@@ -6,8 +6,8 @@ of it when the step's numbers arrive (`readback`), so detection costs no synchro
 `count_nonfinite` ends the run after three in a row.
 
 Out of memory: `MemoryGuard` runs the part of a step that allocates; when it does not fit, everything
-that can leave the device does, and it runs once more from the same random state. A batch is never
-changed to make it fit.
+that can leave the device does, and it runs once more from the same random state. A batch is never changed
+to make it fit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from qlora_trainer.checkpoint import rng
 from qlora_trainer.errors import ConfigError, DivergedError
 
 T = TypeVar("T")
@@ -89,13 +88,12 @@ class MemoryGuard:
         self.retried = 0
 
     def run(self, work: Callable[[], T], undo: Callable[[], None], step: int) -> T:
-        """`work()`, or its second try after `undo()`; both draw the same random numbers.
+        """`work()`, or its second try after `undo()`, which leaves everything as before the first.
 
         Raises:
-            OutOfMemoryError: the second try did not fit either; `undo` has been called again and the
-                random state is that before `work`, so the state at the last boundary can be saved.
+            OutOfMemoryError: the second try did not fit either; `undo` has been called again, so the
+                state at the last boundary can be saved.
         """
-        before = rng.capture()
         reason = ""
         for attempt in range(2):
             try:
@@ -106,7 +104,6 @@ class MemoryGuard:
                 reason = str(error).partition("\n")[0] or type(error).__name__
             # Outside the handler: the traceback's frames held the activations.
             undo()
-            rng.restore(before)
             if attempt == 0:
                 self.retried += 1
                 self.release()

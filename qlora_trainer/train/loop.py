@@ -12,20 +12,23 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from qlora_trainer.checkpoint import rng
 from qlora_trainer.data.batch import Batch
 from qlora_trainer.data.loader import StepBatch
-from qlora_trainer.errors import DivergedError, PreemptedError
+from qlora_trainer.errors import PreemptedError
 from qlora_trainer.train.distributed import Ranks
-from qlora_trainer.train.readback import Readback
+from qlora_trainer.train.health import MemoryGuard, OutOfMemoryError, count_nonfinite, poison
+from qlora_trainer.train.readback import Pace, Readback
 
-MAX_NONFINITE_IN_A_ROW = 3
+PATIENCE = 5.0  # seconds of a step after which it is undone rather than finished when a run has to stop
 
 
 @dataclass
@@ -38,6 +41,7 @@ class Progress:
         tokens, supervised: non-padding and labelled tokens trained on so far, all ranks.
         nonfinite: steps in a row, up to the last, whose loss or gradient was not finite.
         best_loss, best_step: the lowest evaluation loss so far and where it was.
+        evaluated: the last step that was evaluated.
     """
 
     step: int = 0
@@ -48,6 +52,7 @@ class Progress:
     nonfinite: int = 0
     best_loss: float | None = None
     best_step: int = 0
+    evaluated: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -134,8 +139,9 @@ def train(
     *,
     log: Callable[[dict[str, Any]], None],
     save: Callable[[Progress], None],
-    evaluate: Callable[[], dict[str, float]] | None = None,
+    evaluate: Callable[[], dict[str, float] | None] | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
+    memory: MemoryGuard | None = None,
 ) -> Progress:
     """Trains from `progress` to `options.total_steps`, in place.
 
@@ -144,15 +150,21 @@ def train(
         schedule: optimizer step (from 0) -> learning rate.
         log: takes one record per logged step and per evaluation, in order.
         save: writes a checkpoint of `progress` and everything it goes with.
-        stop_requested: asked after every step; true on any rank stops all at the same step.
+        evaluate: evaluation results by name; None if it was given up because a stop was requested.
+        stop_requested: asked after every step, and between micro-batches once a step has taken
+            `PATIENCE` seconds (it is then undone); true on any rank stops all at the same step.
+        memory: tries a step that ran out of memory once more.
 
     Raises:
         DivergedError: loss or gradient was not finite three steps in a row. Such a step leaves
             weights and moments as they were.
         PreemptedError: a stop was requested; the state has been saved.
+        OutOfMemoryError: a step does not fit on some rank; the state before it has been saved.
     """
+    memory = memory or MemoryGuard(ranks.device)
     readback: Readback[StepTag] = Readback()
-    last_arrival = time.monotonic()
+    pace = Pace(ranks.device)
+    saved, last_arrival = progress.step, time.monotonic()
 
     def drain(everything: bool = False) -> None:
         nonlocal last_arrival
@@ -160,34 +172,84 @@ def train(
             now = time.monotonic()
             seconds, last_arrival = now - max(last_arrival, tag.started), now
             finite = _is_finite(loss) and _is_finite(grad_norm)
-            progress.nonfinite = 0 if finite else progress.nonfinite + 1
             if tag.step % options.logging_steps == 0 or tag.step == options.total_steps or not finite:
                 log(_record(tag, loss, grad_norm, seconds, finite))
-            if progress.nonfinite >= MAX_NONFINITE_IN_A_ROW:
-                raise DivergedError(
-                    f"loss or gradient was not finite {MAX_NONFINITE_IN_A_ROW} steps in a row, up to step "
-                    f"{tag.step} (rows {_short(tag.rows)}); weights are those of the last finite step: "
-                    "lower train.learning_rate, or look at these rows with `inspect`"
-                )
+            progress.nonfinite = count_nonfinite(progress.nonfinite, finite, tag.step, tag.rows)
 
+    def save_now() -> None:
+        nonlocal saved, last_arrival
+        drain(everything=True)
+        save(progress)
+        saved, last_arrival = progress.step, time.monotonic()
+
+    def stopped() -> PreemptedError:
+        return PreemptedError(
+            f"stopped on a signal after step {progress.step} of {options.total_steps}; "
+            "the state is saved: run the same command to go on"
+        )
+
+    def boundary() -> None:
+        """Between two steps: evaluation, a checkpoint, the end of a run that was told to stop."""
+        nonlocal last_arrival
+        last = progress.step == options.total_steps
+        stopping = ranks.any(stop_requested())
+        changed = progress.step > saved
+        due = last or _due(progress.step, options.eval_steps)
+        if evaluate is not None and due and progress.evaluated < progress.step and not stopping:
+            drain(everything=True)
+            if (result := evaluate()) is None:
+                stopping = True
+            else:
+                changed, progress.evaluated = True, progress.step
+                if progress.best_loss is None or result["eval_loss"] < progress.best_loss:
+                    progress.best_loss, progress.best_step = result["eval_loss"], progress.step
+                log({"step": progress.step, **result})
+            last_arrival = time.monotonic()
+        if changed and (last or stopping or _due(progress.step, options.save_steps)):
+            save_now()
+        if stopping:
+            raise stopped()
+
+    boundary()  # an evaluation that a signal cut short is made up for
     steps = _steps(loader, progress.epoch, progress.index)
     while progress.step < options.total_steps:
         started = time.monotonic()
         epoch, index = progress.epoch, progress.index
         step_batch = next(steps)
         scale.fill_(1.0 / max(step_batch.total_weight, 1e-8))
-        loss_sum = torch.zeros((), device=ranks.device)
-        counts = torch.zeros(2, dtype=torch.int64)
-        checksum = 0
-        rows: list[int] = []
-        for batch in step_batch.micro_batches:
-            counts += torch.tensor([batch.n_tokens, batch.n_supervised])
-            checksum = zlib.crc32(batch.input_ids.numpy().tobytes(), checksum)
-            rows += batch.rows
-            loss_sum += micro_step(batch.to(ranks.device))
+        put_back = rng.keep()
+
+        def undo(put_back: Callable[[], None] = put_back) -> None:
+            optimizer.zero_grad()
+            put_back()
+
+        def give_up(started: float = started) -> bool:
+            return stop_requested() and time.monotonic() - started > PATIENCE
+
+        work = partial(_accumulate, micro_step, step_batch.micro_batches, ranks.device, pace, give_up)
+        sums: _Sums | None = None
+        failure: OutOfMemoryError | None = None
+        try:
+            sums = memory.run(work, undo, progress.step + 1)
+        except OutOfMemoryError as error:
+            failure = error
+        # Before the gradient's, one small sum over all ranks: what was counted, who gave up, who failed.
+        counted = (sums.tokens, sums.supervised) if sums is not None else (0, 0)
+        counts = ranks.sum_control(torch.tensor([*counted, int(sums is None), int(failure is not None)]))
+        tokens, supervised, unfinished, failed = counts.tolist()
+        if unfinished:
+            undo()  # on every rank: the run is where it was after the last step
+            if progress.step > saved:
+                save_now()
+            if failed:
+                elsewhere = f"another process ran out of memory in step {progress.step + 1}"
+                raise failure or OutOfMemoryError(elsewhere)
+            raise stopped()
+        assert sums is not None
+
         ranks.sum_(optimizer.grad)
-        ranks.sum_(loss_sum)
-        ranks.sum_control(counts)
+        ranks.sum_(sums.loss)
+        poison(optimizer.grad, sums.loss)
         learning_rate = schedule(progress.step)
         grad_norm = optimizer.step(learning_rate, options.max_grad_norm)
         optimizer.zero_grad()
@@ -195,40 +257,54 @@ def train(
         per_epoch = loader.steps_per_epoch(epoch)
         progress.step += 1
         progress.epoch, progress.index = (epoch, index + 1) if index + 1 < per_epoch else (epoch + 1, 0)
-        progress.tokens += int(counts[0])
-        progress.supervised += int(counts[1])
+        progress.tokens += tokens
+        progress.supervised += supervised
         tag = StepTag(
             step=progress.step,
             epoch=epoch + (index + 1) / per_epoch,
             learning_rate=learning_rate,
-            tokens=int(counts[0]),
-            supervised=int(counts[1]),
-            rows=tuple(rows),
-            batch=f"{checksum:08x}",
+            tokens=tokens,
+            supervised=supervised,
+            rows=tuple(sums.rows),
+            batch=f"{sums.checksum:08x}",
             started=started,
         )
-        readback.push(tag, torch.stack((loss_sum * scale, grad_norm.to(loss_sum.dtype))))
+        readback.push(tag, torch.stack((sums.loss * scale, grad_norm.to(sums.loss.dtype))))
         drain()
-
-        last = progress.step == options.total_steps
-        stopping = ranks.any(stop_requested()) and not last
-        if evaluate is not None and not stopping and (last or _due(progress.step, options.eval_steps)):
-            drain(everything=True)
-            result = evaluate()
-            if progress.best_loss is None or result["eval_loss"] < progress.best_loss:
-                progress.best_loss, progress.best_step = result["eval_loss"], progress.step
-            log({"step": progress.step, **result})
-            last_arrival = time.monotonic()
-        if last or stopping or _due(progress.step, options.save_steps):
-            drain(everything=True)
-            save(progress)
-            last_arrival = time.monotonic()
-        if stopping:
-            raise PreemptedError(
-                f"stopped on a signal after step {progress.step} of {options.total_steps}; "
-                "the state is saved: run the same command to go on"
-            )
+        boundary()
     return progress
+
+
+@dataclass
+class _Sums:
+    """What one rank's micro-batches of a step add up to, besides the gradient."""
+
+    loss: Tensor
+    tokens: int = 0
+    supervised: int = 0
+    checksum: int = 0
+    rows: list[int] = field(default_factory=list)
+
+
+def _accumulate(
+    micro_step: Callable[[Batch], Tensor],
+    batches: Sequence[Batch],
+    device: torch.device,
+    pace: Pace,
+    give_up: Callable[[], bool],
+) -> _Sums | None:
+    """Forward and backward of a step; None if it was given up on the way."""
+    sums = _Sums(torch.zeros((), device=device))
+    for batch in batches:
+        if give_up():
+            return None
+        sums.tokens += batch.n_tokens
+        sums.supervised += batch.n_supervised
+        sums.checksum = zlib.crc32(batch.input_ids.numpy().tobytes(), sums.checksum)
+        sums.rows += batch.rows
+        sums.loss += micro_step(batch.to(device))
+        pace.tick()
+    return sums
 
 
 def _steps(loader: Loader, epoch: int, index: int) -> Iterator[StepBatch]:
@@ -261,8 +337,3 @@ def _record(tag: StepTag, loss: float, grad_norm: float, seconds: float, finite:
     if not finite:
         record |= {"nonfinite": True, "rows": list(tag.rows)}
     return record
-
-
-def _short(rows: tuple[int, ...], limit: int = 8) -> str:
-    shown = ", ".join(map(str, rows[:limit]))
-    return shown if len(rows) <= limit else f"{shown}, … ({len(rows)} in all)"

@@ -100,10 +100,15 @@ def test_evaluation_remembers_the_best():
 
 
 def test_a_stop_request_saves_at_the_step_boundary():
-    saved, asked = [], iter([False, True])
-    with pytest.raises(PreemptedError, match="after step 2 of 4"):
-        run(Loader(), save=lambda p: saved.append(p.step), stop_requested=lambda: next(asked))
-    assert saved == [2]
+    saved, records = [], []
+    with pytest.raises(PreemptedError, match="after step 3 of 4"):
+        run(
+            Loader(),
+            log=records.append,
+            save=lambda p: saved.append(p.step),
+            stop_requested=lambda: len(records) == 3,
+        )
+    assert saved == [2, 3]
 
 
 def test_three_nonfinite_steps_end_the_run_and_leave_the_weights():
@@ -117,7 +122,7 @@ def test_three_nonfinite_steps_end_the_run_and_leave_the_weights():
             batch.micro_batches[0].loss_weights[0, 2] = float("nan")
             return batch
 
-    with pytest.raises(DivergedError, match=r"3 steps in a row, up to step 3 \(rows 0, 1, 2"):
+    with pytest.raises(DivergedError, match=r"3 steps in a row, up to step 3 \(data rows 0, 1, 2"):
         run(Poisoned(), model=model, log=records.append)
     assert all(r["nonfinite"] and r["rows"] == list(range(8)) for r in records)
     for name, parameter in model.named_parameters():
