@@ -66,9 +66,20 @@ RANGES: dict[str, tuple[float, float]] = {  # both ends belong
     "evaluate.eval_steps": (0, inf),
     "evaluate.max_rows": (1, inf),
     "evaluate.max_new_tokens": (1, inf),
+    "evaluate.batch_size": (1, inf),
     "evaluate.examples": (0, inf),
+    "chat.max_new_tokens": (1, inf),
+    "chat.temperature": (0, 5),
+    "chat.top_p": (0, 1),
+    "optim.resident_gib": (0, inf),
 }
-ABOVE_ZERO = ("lora.lora_alpha", "train.learning_rate", "train.num_train_epochs", "optim.adam_epsilon")
+ABOVE_ZERO = (
+    "lora.lora_alpha",
+    "train.learning_rate",
+    "train.num_train_epochs",
+    "optim.adam_epsilon",
+    "chat.top_p",
+)
 BETAS = ("optim.adam_beta1", "optim.adam_beta2")
 
 
@@ -181,9 +192,7 @@ def _conflicts(config: RunConfig, command: str) -> Iterator[str]:
         yield "train.group_by_length: has no use with train.packing=true (every row is full); set one"
     if not train.packing and data.overlong == "split":
         yield "data.overlong: split cuts documents for packing; set train.packing=true, or another overlong"
-    if config.evaluate.task != "none" and not (
-        data.eval_path or data.eval_fraction or data.path == "builtin:restaurant"
-    ):
+    if config.evaluate.task != "none" and not (data.eval_path or data.eval_fraction):
         yield (
             f"evaluate.task: {config.evaluate.task} has no held-out rows to be measured on; set "
             "data.eval_path or data.eval_fraction"

@@ -32,6 +32,7 @@ IDENTITY = (
     "data.revision",
 )
 CONFIG_FILE = "config.yaml"
+WORTH_KEEPING = ("checkpoints", "metrics.jsonl", "adapter", "exports")
 
 
 def claim_output_dir(config: RunConfig, required_bytes: int = 64 * 2**20) -> Path:
@@ -44,7 +45,7 @@ def claim_output_dir(config: RunConfig, required_bytes: int = 64 * 2**20) -> Pat
     """
     assert config.output_dir, "checks.missing lets no training run pass without an output_dir"
     folder = Path(config.output_dir)
-    _refuse_foreign(folder, config)
+    refuse_foreign(config)
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,14 +65,18 @@ def claim_output_dir(config: RunConfig, required_bytes: int = 64 * 2**20) -> Pat
     return folder
 
 
-def _refuse_foreign(folder: Path, config: RunConfig) -> None:
+def refuse_foreign(config: RunConfig) -> None:
+    """The part of the claim that only looks: raises `ConfigError` if `output_dir` is not this run's."""
+    folder = Path(config.output_dir or "")
     remedy = f"set output_dir to another folder, or remove {folder}"
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir: {folder} is a file; name a folder")
     file = folder / CONFIG_FILE
     if not file.is_file():
         try:
-            strangers = sorted(p.name for p in folder.iterdir() if p.name[0] != ".") if folder.is_dir() else []
+            strangers = (
+                sorted(p.name for p in folder.iterdir() if p.name[0] != ".") if folder.is_dir() else []
+            )
         except PermissionError as error:
             raise CheckpointError(
                 f"output_dir: {folder} {_reason(error)}; set output_dir elsewhere"
@@ -81,6 +86,8 @@ def _refuse_foreign(folder: Path, config: RunConfig) -> None:
                 f"output_dir: {folder} holds {strangers[0]} and no {CONFIG_FILE}, so it is no run's; {remedy}"
             )
         return
+    if not any((folder / name).exists() for name in WORTH_KEEPING):
+        return  # a start that failed before its first step has nothing to protect
     try:
         previous = OmegaConf.load(file)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:

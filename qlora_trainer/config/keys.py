@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, get_args, get_origin, get_type_hints
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qlora_trainer.config.schema import RunConfig
@@ -147,6 +148,12 @@ def _open(key: str) -> bool:
     return get_origin(_TYPES[key]) is dict
 
 
+def is_text(key: str) -> bool:
+    """True for keys that take text as it stands: names and paths."""
+    kind = _TYPES.get(key)
+    return kind is Any or kind is str or str in get_args(kind)
+
+
 def suggestion(key: str) -> str:
     """What to write instead of the unknown `key`: ours for another tool's name, else the nearest name."""
     leaf = key.rpartition(".")[2]
@@ -180,11 +187,17 @@ def problem(key: str, value: Any) -> str | None:
     if value == "???":
         return f"{key}: '???' is not a value; give one, or null for none"
     try:
-        OmegaConf.update(OmegaConf.structured(RunConfig), key, value, force_add=ours != key)
+        OmegaConf.update(_scratch(), key, value, force_add=ours != key)
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         return f"{key}: {reason[0].lower() + reason[1:]} (expected {_name(_TYPES[ours])})"
     return None
+
+
+@cache
+def _scratch() -> DictConfig:
+    """The schema, only ever assigned to, to see what its types refuse (making it anew takes 20 ms)."""
+    return OmegaConf.structured(RunConfig)
 
 
 def _find_target(value: Any) -> str | None:

@@ -126,7 +126,11 @@ def _parse(arguments: Sequence[str]) -> list[Override]:
             parsed += parser.parse_overrides([argument])
         except HydraException:
             key, equals, value = argument.partition("=")
-            if not equals:
+            if value and value[0] not in "[{'\"" and keys.is_text(key.lstrip("+")):
+                # Hydra's grammar has no `~`, `(`, `&` … outside quotes, the paths of users do.
+                quoted = value.replace("'", "\\'")
+                parsed += parser.parse_overrides([f"{key}='{quoted}'"])
+            elif not equals:
                 broken.append(f"{argument}: is not key=value; write {argument}=VALUE, or see --help")
             elif "," in value or any(mark in value for mark in "[]{}()\"'"):
                 broken.append(

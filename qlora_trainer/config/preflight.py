@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_trainer.config import checks
+from qlora_trainer.config.claim import refuse_foreign
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.config.watch import plain
 from qlora_trainer.errors import ConfigError, MissingInputError
@@ -40,6 +41,8 @@ def check(config: RunConfig, command: str) -> None:
             "model.device: cuda is asked for and this machine shows no CUDA device; leave model.device out "
             "to use what is there, or see to the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES"
         )
+    if command == "train":
+        refuse_foreign(config)
     if command in checks.NEEDS_DATA:
         check_data(config.data.path, "data.path")
         check_data(config.data.eval_path, "data.eval_path")

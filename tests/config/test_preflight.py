@@ -1,0 +1,55 @@
+"""What the machine lacks is said before anything heavy is imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qlora_trainer.config import preflight
+from qlora_trainer.config.schema import DataConfig, ModelConfig, RunConfig
+from qlora_trainer.errors import ConfigError, MissingInputError
+
+
+def test_cuda_asked_and_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = RunConfig(model=ModelConfig(device="cuda"))
+    monkeypatch.setattr(preflight, "cuda_devices", lambda: 0)
+    with pytest.raises(ConfigError, match=r"model\.device: cuda is asked for .* leave model\.device out"):
+        preflight.check(config, "chat")
+    monkeypatch.setattr(preflight, "cuda_devices", lambda: 1)
+    preflight.check(config, "chat")
+
+
+def test_the_driver_is_asked_without_torch() -> None:
+    import torch
+
+    assert preflight.cuda_devices() == torch.cuda.device_count()
+
+
+@pytest.mark.parametrize(
+    "path", ["no.json", "./no", "/no/rows", "deep/er/no", [{"path": "no.parquet"}], ["no.csv"]]
+)
+def test_a_file_that_is_not_there_is_missing(
+    path: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MissingInputError, match=r"data\.path: .*no"):
+        preflight.check_data(path, "data.path")
+
+
+@pytest.mark.parametrize("path", [None, "owner/set", "builtin:restaurant/train", "parts-*.json", "rows.json"])
+def test_what_may_be_elsewhere_is_left_to_the_data_room(
+    path: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.json").touch()
+    preflight.check_data(path, "data.path")
+
+
+def test_a_hub_model_without_network_ends_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = RunConfig(
+        model=ModelConfig(model_name_or_path="huggyllama/llama-7b"), data=DataConfig(path="tatsu-lab/alpaca")
+    )
+    with pytest.raises(MissingInputError, match=r"huggyllama/llama-7b.*model_name_or_path=/a/folder"):
+        preflight.check(config, "plan")
