@@ -54,7 +54,7 @@ make_environment() {
   : >.venv/install.log
   install -r requirements.lock
   install --no-deps -r requirements-no-deps.lock
-  install --no-deps -e .
+  install --no-deps --no-build-isolation -e .
   echo "$stamp" >.venv/.lock
   echo "… done in $SECONDS s." >&2
 }
