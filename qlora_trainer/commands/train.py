@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,58 +13,70 @@ from typing import Any
 import torch
 from peft import PeftModel
 from rich.console import RenderableType
+from transformers import set_seed
 
 from qlora_trainer.checkpoint import disk, publish, resume
 from qlora_trainer.commands import comparison, wiring
+from qlora_trainer.commands.plan import plan_of
 from qlora_trainer.config.claim import claim_output_dir
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.config.watch import as_dict, unread_keys
 from qlora_trainer.data import Batch, Loader, TokenizedData
-from qlora_trainer.errors import ConfigError, QLoRAError
+from qlora_trainer.errors import ConfigError, PreemptedError, QLoRAError
 from qlora_trainer.evaluate.perplexity import LossSum, evaluating, measure_loss
 from qlora_trainer.export.adapter import TrainedOn, export_adapter
 from qlora_trainer.export.fingerprint import base_fingerprint
 from qlora_trainer.inference.stop import stop_ids
 from qlora_trainer.model.forward import ReferenceForward
+from qlora_trainer.model.fuse import GraphedMicroStep, fuse
+from qlora_trainer.model.fused.decoder import FusedForward
 from qlora_trainer.model.load import BaseOptions, load_base, load_tokenizer, pick_device
 from qlora_trainer.model.lora import attach
 from qlora_trainer.model.source import resolve
 from qlora_trainer.optim import make_optimizer, schedule
+from qlora_trainer.plan import screen
+from qlora_trainer.plan.plan import RunPlan, check
+from qlora_trainer.plan.settings import DataFacts
 from qlora_trainer.track import Tracker
 from qlora_trainer.track.console import ConsoleTracker, console
 from qlora_trainer.track.jsonl import JsonlTracker
 from qlora_trainer.track.redact import Redactor
 from qlora_trainer.track.wandb import WandbTracker
 from qlora_trainer.train.distributed import Ranks
+from qlora_trainer.train.health import MemoryGuard
 from qlora_trainer.train.loop import LoopOptions, MicroStep, Progress, count_steps, train
 from qlora_trainer.train.signals import Status, StopSignals, follow_launcher
 from qlora_trainer.train.state import RunState
+
+EVALUATED_AT_ONCE = 8  # batches between two looks at whether the run has to stop
 
 
 def run(config: RunConfig) -> None:
     """Trains to the end, or resumes what an earlier call began; prints what was learned and what is next."""
     follow_launcher()
-    ranks = Ranks(pick_device(config.model.device))
     assert config.output_dir is not None, "checked with the configuration"
     folder = Path(config.output_dir)
-    lock = None
-    if ranks.main:
-        claim_output_dir(config)
-        lock = disk.lock(folder)
-    ranks.wait()
-    status = Status(folder / "status.json" if ranks.main else None)
-    try:
-        with StopSignals(status) as signals:
-            _train(_Run(config, folder, ranks, signals))
-    except QLoRAError as error:
-        status.finish(error.exit_code, str(error))
-        raise
-    else:
-        status.finish(0)
-    finally:
-        ranks.close()
-        if lock is not None:
-            lock.close()
+    status = Status()
+    code, message = 70, "a bug: see what was printed"
+    with ExitStack() as cleanup:
+        signals = cleanup.enter_context(StopSignals(status))
+        ranks = Ranks(pick_device(config.model.device))
+        cleanup.callback(ranks.close)
+        if ranks.main:
+            claim_output_dir(config)
+            cleanup.enter_context(disk.lock(folder))
+            status.write_to(folder / "status.json")
+        ranks.wait()
+        try:
+            _train(_Run(config, folder, ranks, signals, status))
+            code, message = 0, ""
+        except QLoRAError as error:
+            code, message = error.exit_code, str(error)
+            raise
+        finally:
+            status.finish(code, message)
+            if code == PreemptedError.exit_code:
+                ranks.wait()  # a launcher ends all as soon as one is gone, rank 0 with its last word unsaid
 
 
 @dataclass
@@ -74,6 +87,7 @@ class _Run:
     folder: Path
     ranks: Ranks
     signals: StopSignals
+    status: Status
 
     def say(self, text: RenderableType) -> None:
         if self.ranks.main:
@@ -96,18 +110,21 @@ def _train(run: _Run) -> None:
     if total <= 0:
         total = count_steps(loader, config.train.num_train_epochs)
 
+    plan = _plan(run, data)
+
     with signals.phase("loading", interruptible=True):
         model = _load_model(run, base)
-        forward = ReferenceForward(model)
+        forward = _forward(run, model, plan)
         optimizer = make_optimizer(
             config.optim.name,
             model.named_parameters(),
             betas=(config.optim.adam_beta1, config.optim.adam_beta2),
             eps=config.optim.adam_epsilon,
             weight_decay=config.optim.weight_decay,
+            resident_bytes=plan.optimizer_resident,
         )
         state = RunState(model, optimizer, Progress(), _identity(run, base, data), ranks)
-        torch.manual_seed(config.seed + ranks.rank)  # dropout differs between ranks, adapters do not
+        set_seed(config.seed + ranks.rank)  # dropout differs between ranks, adapters do not
         _resume(run, state, total)
         batches = [
             batch for part in held_out for batch in wiring.held_out_batches(config, tokenizer, part, ranks)
@@ -122,7 +139,9 @@ def _train(run: _Run) -> None:
     if held_out:
         with signals.phase("evaluating", interruptible=True):
             stops = stop_ids(tokenizer, model.get_base_model().generation_config)
-            measured = comparison.compare(config, run.folder, model, forward, tokenizer, stops, held_out)
+            # The reference honours a switched-off adapter: base and tuned go through the same code.
+            reference = ReferenceForward(model)
+            measured = comparison.compare(config, run.folder, model, reference, tokenizer, stops, held_out)
     with signals.phase("exporting", interruptible=True):
         export_adapter(
             model,
@@ -143,9 +162,6 @@ def _load_model(run: _Run, base: BaseOptions) -> PeftModel:
     config = run.config
     started = time.monotonic()
     model = load_base(base, run.ranks.device)
-    policy = config.train.activations
-    if policy == "full" or (policy == "auto" and run.ranks.device.type == "cuda"):
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     adapted = attach(model, wiring.lora_options(config), config.seed)
     adapted.train()
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
@@ -156,6 +172,39 @@ def _load_model(run: _Run, base: BaseOptions) -> PeftModel:
         f"{trainable:,} adapter parameters, loaded in {time.monotonic() - started:.1f} s"
     )
     return adapted
+
+
+def _plan(run: _Run, data: TokenizedData) -> RunPlan:
+    """Says what the run will need before any weight loads.
+
+    Raises:
+        ConfigError: it cannot fit.
+    """
+    facts = DataFacts(len(data), data.n_tokens, data.n_supervised, int(data.lengths.max()))
+    plan = plan_of(run.config, facts, run.ranks.world_size)
+    if run.ranks.main:
+        screen.show(plan, console)
+        screen.write(plan, run.folder / "plan.json")
+    check(plan)
+    return plan
+
+
+def _forward(run: _Run, model: PeftModel, plan: RunPlan) -> FusedForward | ReferenceForward:
+    """The fast path, or the reference where the configuration or the model asks for it."""
+    config, device = run.config, run.ranks.device
+    forward: FusedForward | ReferenceForward = ReferenceForward(model)
+    if config.model.kernels == "auto":
+        forward, report = fuse(
+            model,
+            activations=plan.policies,
+            base_gemm=config.train.base_gemm,
+            resident_bytes=plan.dequantized if device.type == "cuda" else None,
+        )
+        for line in report.lines():
+            run.say(f"[dim]         {line}")
+    if isinstance(forward, ReferenceForward) and "full" in plan.policies:
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    return forward
 
 
 def _identity(run: _Run, base: BaseOptions, data: TokenizedData) -> dict[str, Any]:
@@ -190,7 +239,7 @@ def _resume(run: _Run, state: RunState, total: int) -> None:
 def _loop(
     run: _Run,
     state: RunState,
-    forward: ReferenceForward,
+    forward: FusedForward | ReferenceForward,
     loader: Loader,
     total: int,
     held_out: list[Batch],
@@ -198,9 +247,18 @@ def _loop(
     config, ranks, signals = run.config, run.ranks, run.signals
     checkpoints = run.folder / resume.CHECKPOINTS
     trackers = _trackers(run, total, state.progress.step) if ranks.main else []
-    micro_step = MicroStep(forward, ranks.device)
+    micro_step: MicroStep | GraphedMicroStep
+    if isinstance(forward, FusedForward):
+        trainable = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
+        micro_step = GraphedMicroStep(forward, trainable)
+    else:
+        micro_step = MicroStep(forward, ranks.device)
+    memory = MemoryGuard(ranks.device, release=state.optimizer.release_gpu_pages)
+    if ranks.main:
+        _require_space(run, state, total)
 
     def log(record: dict[str, Any]) -> None:
+        run.status.tick(step=record["step"], total_steps=total)
         for tracker in trackers:
             tracker.log(record)
 
@@ -211,9 +269,13 @@ def _loop(
                 best = progress.best_step if config.checkpoint.keep_best else 0
                 publish.retain(checkpoints, config.checkpoint.save_total_limit, best or None)
 
-    def evaluate() -> dict[str, float]:
+    def evaluate() -> dict[str, float] | None:
+        part = LossSum()
         with signals.phase("evaluating"), evaluating(state.model):
-            part = measure_loss(forward, held_out, ranks.device)
+            for start in range(0, ranks.max(len(held_out)), EVALUATED_AT_ONCE):
+                if ranks.any(signals.requested()):
+                    return None
+                part += measure_loss(forward, held_out[start : start + EVALUATED_AT_ONCE], ranks.device)
             sums = torch.tensor([part.nll, part.weight, part.tokens], dtype=torch.float64)
             nll, weight, tokens = ranks.sum_control(sums).tolist()
             result = LossSum(nll, weight, int(tokens))
@@ -246,10 +308,23 @@ def _loop(
                 save=save,
                 evaluate=evaluate if held_out else None,
                 stop_requested=signals.requested,
+                memory=memory,
             )
     finally:
         for tracker in trackers:
             tracker.close()
+
+
+def _require_space(run: _Run, state: RunState, total: int) -> None:
+    """Ends the run before its first step if the disk will not hold its checkpoints and its adapter."""
+    options = run.config.checkpoint
+    left = total - state.progress.step
+    saves = 1 + (left // options.save_steps if options.save_steps else 0)
+    checkpoint, adapter = state.sizes()
+    needed = adapter + publish.space_needed(
+        run.folder / resume.CHECKPOINTS, checkpoint, saves, options.save_total_limit, options.keep_best
+    )
+    disk.require_space(run.folder, needed, f"{run.folder}, with its checkpoints,")
 
 
 def _trackers(run: _Run, total: int, step: int) -> list[Tracker]:

@@ -90,6 +90,8 @@ class Optimizer(Protocol):
 
     def zero_grad(self) -> None: ...
 
+    def release_gpu_pages(self) -> int: ...
+
     def state_tensors(self) -> dict[str, Tensor]: ...
 
     def load_state_tensors(self, state: Mapping[str, Tensor]) -> None: ...
@@ -109,11 +111,11 @@ class MicroStep:
     """
 
     def __init__(self, forward: Callable[[Batch], Tensor], device: torch.device) -> None:
-        self.forward = forward
+        self.forward, self.device = forward, device
         self.scale = torch.ones((), device=device)
 
     def __call__(self, batch: Batch) -> Tensor:
-        loss = self.forward(batch)
+        loss = self.forward(batch.to(self.device))
         (loss * self.scale).backward()
         return loss.detach()
 
@@ -302,7 +304,7 @@ def _accumulate(
         sums.supervised += batch.n_supervised
         sums.checksum = zlib.crc32(batch.input_ids.numpy().tobytes(), sums.checksum)
         sums.rows += batch.rows
-        sums.loss += micro_step(batch.to(device))
+        sums.loss += micro_step(batch)
         pace.tick()
     return sums
 
