@@ -7,9 +7,13 @@ data's files, a GPU. No torch: a wrong path ends the command in under a second.
 from __future__ import annotations
 
 import ctypes
+import os
 from difflib import get_close_matches
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 from qlora_trainer.config import checks
 from qlora_trainer.config.claim import refuse_foreign
@@ -46,10 +50,30 @@ def check(config: RunConfig, command: str) -> None:
     if command in checks.NEEDS_DATA:
         check_data(config.data.path, "data.path")
         check_data(config.data.eval_path, "data.eval_path")
-    if command in checks.NEEDS_MODEL and config.model.model_name_or_path:
-        name = config.model.model_name_or_path
-        if not name.startswith(source.BUILTIN):  # those convert on first use, which is loading
-            source.resolve(name, config.model.revision)
+    name = config.model.model_name_or_path
+    if name and not Path(name).exists() and not name.startswith(source.BUILTIN):
+        stay_offline_if_the_hub_is_silent()
+    if command in checks.NEEDS_MODEL and name and not name.startswith(source.BUILTIN):
+        source.resolve(
+            name, config.model.revision
+        )  # a built-in one is converted on first use: that is loading
+
+
+def stay_offline_if_the_hub_is_silent(timeout_seconds: float = 2.0) -> None:
+    """Set `HF_HUB_OFFLINE`, as a user without network would, if the hub does not answer.
+
+    The hub's client otherwise tries each file six times, 25 s apiece, even files in its cache. It reads the
+    variable when it is imported, which no module does before this.
+    """
+    if os.environ.get("HF_HUB_OFFLINE"):
+        return
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        urlopen(Request(endpoint, method="HEAD"), timeout=timeout_seconds).close()
+    except HTTPError:
+        return  # an answer, if not a friendly one
+    except (OSError, HTTPException):
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def check_data(path: Any, key: str) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from email.message import Message
 from pathlib import Path
+from urllib.error import HTTPError, URLError
 
 import pytest
 
@@ -53,3 +56,31 @@ def test_a_hub_model_without_network_ends_at_once(monkeypatch: pytest.MonkeyPatc
     )
     with pytest.raises(MissingInputError, match=r"huggyllama/llama-7b.*model_name_or_path=/a/folder"):
         preflight.check(config, "plan")
+
+
+@pytest.mark.parametrize(
+    ("answer", "offline"),
+    [
+        (URLError("no name"), True),
+        (TimeoutError(), True),
+        (HTTPError("", 503, "busy", Message(), None), False),
+    ],
+    ids=["no network", "silence", "busy"],
+)
+def test_a_silent_hub_is_not_asked_again(
+    answer: Exception, offline: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
+
+    def urlopen(request: object, timeout: float) -> None:
+        raise answer
+
+    monkeypatch.setattr(preflight, "urlopen", urlopen)
+    preflight.stay_offline_if_the_hub_is_silent()
+    assert os.environ["HF_HUB_OFFLINE"] == ("1" if offline else "")
+
+
+def test_a_model_that_is_a_folder_needs_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(preflight, "stay_offline_if_the_hub_is_silent", lambda: pytest.fail("asked the hub"))
+    preflight.check(RunConfig(model=ModelConfig(model_name_or_path=str(tmp_path))), "plan")
