@@ -16,7 +16,7 @@ from torch import Tensor
 from qlora_trainer.checkpoint import disk, format
 from qlora_trainer.checkpoint.disk import atomic_write, publish_folder
 
-__all__ = ["atomic_write", "checkpoints", "publish_folder", "retain", "save"]
+__all__ = ["atomic_write", "checkpoints", "publish_folder", "retain", "save", "space_needed"]
 
 
 def save(
@@ -41,6 +41,16 @@ def checkpoints(root: Path) -> list[Path]:
     folders = [path for path in root.iterdir() if path.is_dir() and not path.is_symlink()]
     steps = [(step, path) for path in folders if (step := format.step_of(path)) is not None]
     return [path for _, path in sorted(steps)]
+
+
+def space_needed(root: Path, size: int, saves: int, limit: int, keep_best: bool) -> int:
+    """Bytes that `saves` further checkpoints of `size` bytes need at most, beside those that are there.
+
+    `retain(root, limit, …)` runs after each, so one more than is kept exists at a time.
+    """
+    there = len(checkpoints(root))
+    most = there + saves if limit == 0 else min(there + saves, limit + int(keep_best) + 1)
+    return size * max(1, most - there)
 
 
 def retain(root: Path, limit: int, best_step: int | None = None) -> list[Path]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -52,6 +52,7 @@ class Loader:
         group_by_length: documents of like length share a micro-batch (not with packing).
         num_workers: processes that prepare batches ahead in `steps`; the batches are the same.
         pad_id: token written into padding; its value never matters to a result.
+        worker_init: called with its number in each of those processes first.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Loader:
         world_size: int = 1,
         num_workers: int = 0,
         pad_id: int,
+        worker_init: Callable[[int], None] | None = None,
     ) -> None:
         if packing and group_by_length:
             raise ConfigError(
@@ -82,6 +84,7 @@ class Loader:
         self.micro_batch_size, self.accumulation, self.max_length = micro_batch_size, accumulation, max_length
         self.packing, self.group_by_length, self.seed = packing, group_by_length, seed
         self.rank, self.world_size, self.num_workers, self.pad_id = rank, world_size, num_workers, pad_id
+        self._worker_init = worker_init
         order = {
             "data": data.fingerprint,
             "repeats": hashlib.sha256(data.repeats.tobytes()).hexdigest(),
@@ -124,6 +127,8 @@ class Loader:
             batch_size=None,
             num_workers=self.num_workers,
             multiprocessing_context="fork",
+            generator=torch.Generator(),  # its own: starting workers must not draw from the run's numbers
+            worker_init_fn=self._worker_init,
         )
 
     def units(self, epoch: int) -> list[list[Order]]:

@@ -77,7 +77,7 @@ class MemoryGuard:
     def __init__(
         self,
         device: torch.device,
-        release: Callable[[], None] = lambda: None,
+        release: Callable[[], object] = lambda: None,
         planned: int | None = None,
         remedies: Sequence[str] = (),
     ) -> None:

@@ -41,16 +41,21 @@ _LAUNCHERS = ("ACCELERATE_", "TORCHELASTIC_")  # prefixes of the variables they 
 
 
 class Status:
-    """`status.json`: what the run is doing, replaced atomically; nothing on ranks without a path.
+    """`status.json`: what the run is doing, replaced atomically; nothing is written before `write_to`.
 
     Keys: `state` (running, stopping, stopped, done, failed), `phase`, `step`, `total_steps`,
     `signal`, `exit_code`, `message`, `pid`, and `updated` (UTC). Not fsynced: it is for the living.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None = None) -> None:
         self._path = path
         self._fields: dict[str, Any] = {"state": "running", "pid": os.getpid()}
         self._written = 0.0
+
+    def write_to(self, path: Path) -> None:
+        """From now on there is a file; for the one rank that has the run folder to itself."""
+        self._path = path
+        self.update()
 
     def update(self, **fields: Any) -> None:
         """Sets fields and writes the file."""

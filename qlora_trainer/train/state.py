@@ -70,6 +70,12 @@ class RunState:
         self.ranks.wait()
         return folder
 
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of a checkpoint, and of the adapter alone."""
+        adapter = {format.ADAPTER: adapter_tensors(self.model)}
+        whole = {**adapter, format.OPTIMIZER: self.optimizer.state_tensors()}
+        return format.size_of(whole), format.size_of(adapter)
+
     def restore(self, checkpoint: Checkpoint) -> None:
         """Becomes what `checkpoint` holds, bit for bit."""
         adapter = checkpoint.tensors(format.ADAPTER)
