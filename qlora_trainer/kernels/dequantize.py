@@ -79,10 +79,10 @@ def _pack_kernel(
         tl.store(target, value.to(out_ptr.dtype.element_ty), mask=keep)
     else:
         rows = (pid - a_blocks) * BLOCK + tl.arange(0, BLOCK)
-        keep = (rows[:, None] < n_rows) & (ranks[None, :] < rank)
-        value = tl.load(b_ptr + rows[:, None] * rank + ranks[None, :], mask=keep, other=0.0).to(tl.float32)
-        target = out_ptr + (row0 + rows[:, None]).to(tl.int64) * out_stride + k + rank0 + ranks[None, :]
-        tl.store(target, (value * scaling).to(out_ptr.dtype.element_ty), mask=keep)
+        inside = (rows[:, None] < n_rows) & (ranks[None, :] < rank)
+        b = tl.load(b_ptr + rows[:, None] * rank + ranks[None, :], mask=inside, other=0.0).to(tl.float32)
+        where = out_ptr + (row0 + rows[:, None]).to(tl.int64) * out_stride + k + rank0 + ranks[None, :]
+        tl.store(where, (b * scaling).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def pack_adapters(adapters: Sequence[Adapter], extended: Tensor, n: int, k: int) -> None:

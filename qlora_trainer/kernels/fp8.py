@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 @triton.jit
-def _quantize_kernel(x_ptr, out_ptr, scale_ptr, k, width, x_stride, out_stride, border, BLOCK: tl.constexpr):
+def _quantize_fp8_kernel(x_ptr, out_ptr, scale_ptr, k, width, x_stride, out_stride, border, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     largest = tl.zeros((BLOCK,), tl.float32)
@@ -37,7 +37,7 @@ def quantize_fp8(x: Tensor, k: int, border: float, out: Tensor) -> Tensor:
     m, width = x.shape
     scale = torch.empty((m, 1), dtype=torch.float32, device=x.device)
     block = min(4096, triton.next_power_of_2(width))
-    _quantize_kernel[(m,)](
+    _quantize_fp8_kernel[(m,)](
         x,
         out,
         scale,

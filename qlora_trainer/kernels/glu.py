@@ -34,7 +34,7 @@ def _value_and_slope(gate, GELU: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(
+def _glu_forward_kernel(
     gate_up_ptr, out_ptr, f, gate_up_stride, out_stride, GELU: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -48,7 +48,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _glu_backward_kernel(
     d_act_ptr, gate_up_ptr, f, d_act_stride, gate_up_stride, GELU: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -71,7 +71,7 @@ _BLOCK = 1024
 def glu(gate_up: Tensor, activation: str, out: Tensor) -> None:
     """As `reference.glu`."""
     m, f = out.shape
-    _forward_kernel[(m, triton.cdiv(f, _BLOCK))](
+    _glu_forward_kernel[(m, triton.cdiv(f, _BLOCK))](
         gate_up,
         out,
         f,
@@ -86,7 +86,7 @@ def glu(gate_up: Tensor, activation: str, out: Tensor) -> None:
 def glu_backward_(d_act: Tensor, gate_up: Tensor, activation: str) -> None:
     """As `reference.glu_backward_`."""
     m, f = d_act.shape
-    _backward_kernel[(m, triton.cdiv(f, _BLOCK))](
+    _glu_backward_kernel[(m, triton.cdiv(f, _BLOCK))](
         d_act,
         gate_up,
         f,

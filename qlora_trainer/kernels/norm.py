@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 @triton.jit
-def _forward_kernel(
+def _rms_norm_forward_kernel(
     x_ptr, delta_ptr, weight_ptr, total_ptr, out_ptr, rstd_ptr, k, x_stride, delta_stride, out_stride,
     eps, offset, ADD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -35,7 +35,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _rms_norm_backward_kernel(
     dy_ptr, x_ptr, weight_ptr, residual_ptr, out_ptr, rstd_ptr, k,
     dy_stride, x_stride, residual_stride, out_stride, offset, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -67,7 +67,7 @@ def rms_norm(
     rstd = torch.empty(m, dtype=torch.float32, device=x.device)
     add = x if delta is None else delta
     block = triton.next_power_of_2(k)
-    _forward_kernel[(m,)](
+    _rms_norm_forward_kernel[(m,)](
         x, add, weight, total, out, rstd, k, x.stride(0), add.stride(0), out.stride(0), eps, offset,
         ADD=delta is not None, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
@@ -81,7 +81,7 @@ def rms_norm_backward(
     m, k = x.shape
     block = triton.next_power_of_2(k)
     other = dy if residual is None else residual
-    _backward_kernel[(m,)](
+    _rms_norm_backward_kernel[(m,)](
         dy, x, weight, other, out, rstd, k, dy.stride(0), x.stride(0), other.stride(0), out.stride(0),
         offset, RESIDUAL=residual is not None, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip

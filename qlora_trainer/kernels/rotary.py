@@ -21,7 +21,7 @@ def _head_norm_weight(q_weight_ptr, k_weight_ptr, is_q, column, inside, offset):
 
 
 @triton.jit
-def _forward_kernel(
+def _rotary_forward_kernel(
     qkv_ptr, out_ptr, cos_ptr, sin_ptr, bias_ptr, q_weight_ptr, k_weight_ptr,
     n_q, n_k, n_heads, qkv_stride, out_stride, half, eps, offset,
     BIAS: tl.constexpr, NORM: tl.constexpr, DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
@@ -63,7 +63,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _rotary_backward_kernel(
     dq_ptr, dk_ptr, dv_ptr, qkv_ptr, out_ptr, cos_ptr, sin_ptr, bias_ptr, q_weight_ptr, k_weight_ptr,
     n_q, n_k, n_heads, dq_row, dq_head, dk_row, dk_head, dv_row, dv_head, qkv_stride, out_stride,
     half, eps, offset,
@@ -121,7 +121,7 @@ def rotary(
     untouched = n_k if bias is None and out.data_ptr() == qkv.data_ptr() else 0
     visited = n_q + 2 * n_k - untouched
     q_norm, k_norm = norms if norms is not None else (None, None)
-    _forward_kernel[(qkv.shape[0], triton.cdiv(visited, _HEADS))](
+    _rotary_forward_kernel[(qkv.shape[0], triton.cdiv(visited, _HEADS))](
         qkv, out, cos, sin, qkv if bias is None else bias,
         q_norm.weight if q_norm else cos, k_norm.weight if k_norm else cos,
         n_q, n_k, visited, qkv.stride(0), out.stride(0), cos.shape[1],
@@ -139,7 +139,7 @@ def rotary_backward(
     n_q, n_k, dim = heads
     q_norm, k_norm = norms if norms is not None else (None, None)
     raw = out if qkv is None else qkv
-    _backward_kernel[(dq.shape[0], triton.cdiv(n_q + 2 * n_k, _HEADS))](
+    _rotary_backward_kernel[(dq.shape[0], triton.cdiv(n_q + 2 * n_k, _HEADS))](
         dq, dk, dv, raw, out, cos, sin, out if bias is None else bias,
         q_norm.weight if q_norm else cos, k_norm.weight if k_norm else cos,
         n_q, n_k, n_q + 2 * n_k,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 @triton.jit
-def _gradient_kernel(
+def _thin_gradient_kernel(
     narrow_ptr, wide_ptr, scale_ptr, partial_ptr, m, r, c, rows_a_split, narrow_stride, wide_stride,
     SCALE: tl.constexpr, RANK: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -51,7 +51,7 @@ def thin_gradient(narrow: Tensor, wide: Tensor, row_scale: Tensor | None) -> Ten
     rows = triton.cdiv(triton.cdiv(m, splits), bm) * bm
     splits = triton.cdiv(m, rows)
     partial = torch.empty((splits, r, c), dtype=torch.float32, device=wide.device)
-    _gradient_kernel[(blocks, splits)](
+    _thin_gradient_kernel[(blocks, splits)](
         narrow, wide, narrow if row_scale is None else row_scale, partial, m, r, c, rows,
         narrow.stride(0), wide.stride(0), SCALE=row_scale is not None, RANK=rank, BM=bm, BC=bc,
         PRECISION="ieee" if wide.dtype == torch.float32 else "tf32", num_warps=4, num_stages=4,

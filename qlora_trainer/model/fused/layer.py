@@ -63,10 +63,13 @@ class FusedLayer:
     ) -> None:
         self.index, self.parts, self.operations = index, parts, operations
         self.policy, self.host, self.mlp_rows = policy, host, mlp_rows
+        # adapters whose gradient goes to `main_grad` are no business of autograd's: this stands for them
+        self._anchor = torch.empty(0, device=parts.input_norm.weight.device, requires_grad=True)
 
     def __call__(self, x: Tensor, delta: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
         """(x, delta), each [M, h] -> (x2, delta2)."""
-        return _LayerFunction.apply(x, delta, self, call, *self.parts.parameters)
+        ours = [p for p in self.parts.parameters if getattr(p, "main_grad", None) is None]
+        return _LayerFunction.apply(x, delta, self, call, self._anchor, *ours)
 
     # -- forward ---------------------------------------------------------------------------------
 
@@ -245,7 +248,7 @@ class FusedLayer:
 class _LayerFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, delta: Tensor | None, layer: FusedLayer, call: Call, *parameters: Tensor
+        ctx: Any, x: Tensor, delta: Tensor | None, layer: FusedLayer, call: Call, anchor: Tensor, *ours: Tensor
     ) -> Any:
         saved = Saved()
         y = layer.attention(x, delta, call, saved)
@@ -256,7 +259,7 @@ class _LayerFunction(torch.autograd.Function):
             saved = keep_only(saved, layer.policy)
             if layer.policy == "offload" and layer.host is not None:
                 saved = layer.host.put(layer.index, saved)
-            ctx.layer, ctx.call, ctx.saved = layer, call, saved
+            ctx.layer, ctx.call, ctx.saved, ctx.ours = layer, call, saved, ours
         return x2, out
 
     @staticmethod
@@ -274,5 +277,5 @@ class _LayerFunction(torch.autograd.Function):
         d_mid = layer.mlp_backward(d_out, saved, gradients)
         needs_x, needs_delta = ctx.needs_input_grad[:2]
         dx = layer.attention_backward(d_mid, saved, call, gradients, needs_x or needs_delta)
-        returned = gradients.collect(layer.parts.parameters)
-        return dx if needs_x else None, dx if needs_delta else None, None, None, *returned
+        returned = gradients.collect(ctx.ours)
+        return dx if needs_x else None, dx if needs_delta else None, None, None, None, *returned

@@ -1,0 +1,133 @@
+"""The fast path on a GPU: as close to float32 as the reference is, for every policy and layout."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qlora_trainer.data.batch import Batch
+from qlora_trainer.model.forward import ReferenceForward
+from qlora_trainer.model.fuse import GraphedMicroStep, fuse
+from qlora_trainer.model.lora import LoraOptions, attach
+from tests.batches import collate, documents
+
+pytestmark = pytest.mark.gpu
+
+BASE = dict(
+    hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2,
+    vocab_size=1000, max_position_embeddings=1024,
+)  # fmt: skip
+FAMILIES: dict[str, dict] = {
+    "llama": dict(BASE, head_dim=128, num_attention_heads=4, num_key_value_heads=1),
+    "mistral": dict(BASE, sliding_window=40),
+    "qwen2": BASE,
+    "qwen3": dict(BASE, head_dim=64),
+    "gemma": dict(BASE, head_dim=256, num_attention_heads=2, num_key_value_heads=1),
+    "gemma3_text": dict(BASE, head_dim=64, sliding_window=40, query_pre_attn_scalar=64),
+    "phi3": dict(BASE, pad_token_id=0),
+}
+
+
+def build(family: str, quantization: str = "nf4") -> nn.Module:
+    from transformers import CONFIG_MAPPING
+
+    from qlora_trainer.bench.model import random_model
+
+    config = CONFIG_MAPPING[family](**FAMILIES[family])
+    base = random_model(config, torch.device("cuda"), torch.bfloat16, quantization, nested=True)
+    model = attach(base, LoraOptions(r=8, lora_alpha=16), seed=0).train()
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(0.0, 0.02)
+    return model
+
+
+def in_float32(model: nn.Module) -> nn.Module:
+    """The same function with every weight in float32 (4-bit ones dequantized)."""
+    import bitsandbytes as bnb
+
+    exact = copy.deepcopy(model)
+    for module in list(exact.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, bnb.nn.Linear4bit):
+                linear = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None, device="meta")
+                value = bnb.functional.dequantize_4bit(child.weight.data, child.weight.quant_state)
+                linear.weight = nn.Parameter(value.float(), requires_grad=False)
+                linear.bias = child.bias
+                setattr(module, name, linear)
+    return exact.float()
+
+
+def gradients(model: nn.Module, forward, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = forward(batch)
+    loss.backward()
+    found = {n: p.grad.float().clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return loss.detach(), found
+
+
+def distance(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
+    assert found.keys() == exact.keys()
+    error = sum((found[n] - exact[n]).double().pow(2).sum() for n in exact)
+    return float((error / sum(g.double().pow(2).sum() for g in exact.values())).sqrt())
+
+
+def batches() -> dict[str, Batch]:
+    dense = collate([[d] for d in documents([200, 137, 190], vocab=900)])
+    packed = collate([documents([50, 80, 41], vocab=900), documents([90, 33], vocab=900, seed=3)])
+    return {"dense": dense, "packed": packed}
+
+
+@pytest.mark.parametrize("layout", ["dense", "packed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_error_to_float32_is_no_larger_than_the_references(family: str, layout: str) -> None:
+    model = build(family)
+    exact = in_float32(model)
+    batch = batches()[layout].to("cuda")
+    truth_loss, truth = gradients(exact, ReferenceForward(exact), batch)
+    _, plain = gradients(model, ReferenceForward(model), batch)
+    reference = distance(plain, truth)
+    for policy in ("none", "mlp", "full", "offload"):
+        forward, report = fuse(model, activations=policy, mlp_rows=128)
+        assert not report.fallbacks
+        loss, found = gradients(model, forward, batch)
+        assert distance(found, truth) <= 1.1 * reference + 1e-3, (policy, distance(found, truth), reference)
+        assert abs(float(loss - truth_loss)) < 1e-2 * float(truth_loss)
+
+
+def test_resident_copies_change_nothing() -> None:
+    model, batch = build("llama"), batches()["dense"]
+    shared, _ = fuse(model)
+    resident, report = fuse(model, resident_bytes=1 << 30)
+    assert report.resident_bytes > 0
+    loss, found = gradients(model, shared, batch)
+    other_loss, other = gradients(model, resident, batch)
+    assert torch.equal(loss, other_loss)
+    assert all(torch.equal(found[n], other[n]) for n in found)
+
+
+@pytest.mark.parametrize("policy", ["none", "offload"])
+@pytest.mark.parametrize("layout", ["dense", "packed"])
+def test_a_captured_micro_step_repeats_the_eager_one(layout: str, policy: str) -> None:
+    model, batch = build("llama"), batches()[layout]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for p in parameters:
+        p.main_grad = torch.zeros_like(p, dtype=torch.float32)
+    forward, _ = fuse(model, activations=policy)
+    step = GraphedMicroStep(forward, parameters)
+    step.scale.fill_(0.01)
+    seen = []
+    for _ in range(4):  # eager, captured, replayed twice
+        for p in parameters:
+            p.main_grad.zero_()
+        loss = step(batch)
+        seen.append((loss.clone(), [p.main_grad.clone() for p in parameters]))
+    for loss, grads in seen[1:]:
+        assert torch.equal(loss, seen[0][0])
+        assert all(torch.equal(a, b) for a, b in zip(grads, seen[0][1], strict=True))
+    assert all(p.grad is None for p in parameters)
