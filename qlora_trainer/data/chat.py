@@ -51,11 +51,15 @@ class Span:
 
 @dataclass(frozen=True)
 class Rendering:
-    """A conversation as one text; `spans` in order; the last generation prompt ends at `prompt_stop`."""
+    """A conversation as one text, its spans in order, and whether inference gives the same prompts.
+
+    `as_prompted` is False if some turn's generation prompt is not what stands before it here: the template
+    shows the model another conversation at inference than in training.
+    """
 
     text: str
     spans: tuple[Span, ...]
-    prompt_stop: int
+    as_prompted: bool = True
 
 
 class ChatTemplate:
@@ -97,10 +101,11 @@ class ChatTemplate:
         messages = [message.for_template() for message in example.messages]
         full = self.render(messages, tools=example.tools)
         turns = [at for at, message in enumerate(example.messages) if message.role == "assistant"]
+        prompts = [self.render(messages[:at], prompt=True, tools=example.tools) for at in turns]
+        as_prompted = all(full.startswith(prompt) for prompt in prompts)
         spans = self._tagged_spans(messages, example, turns) if self.tagged else None
         if spans is None:
-            spans = self._proved_spans(messages, example, turns, full)
-        prompt_stop = spans[-1].start
+            spans = self._proved_spans(messages, example, turns, prompts, full)
         others = [
             at for at, m in enumerate(example.messages) if m.role != "assistant" and m.weight is not None
         ]
@@ -111,15 +116,20 @@ class ChatTemplate:
                 if (at, False) not in found or (at, True) not in found:
                     raise RowError(f"messages[{at}]", "has a weight, but the chat template rewrites its text")
                 spans.append(Span(found[at, False], found[at, True], at, turn=False))
-        return Rendering(full, tuple(sorted(spans, key=lambda span: span.start)), prompt_stop)
+        return Rendering(full, tuple(sorted(spans, key=lambda span: span.start)), as_prompted)
 
     def _proved_spans(
-        self, messages: list[dict[str, Any]], example: Example, turns: list[int], full: str
+        self,
+        messages: list[dict[str, Any]],
+        example: Example,
+        turns: list[int],
+        prompts: list[str],
+        full: str,
     ) -> list[Span]:
-        ends = self._locate(messages, [(at, True) for at in turns], full, example.tools)
+        visible = [at for at in turns if messages[at]["content"].strip()]  # a mark would make emptiness text
+        ends = self._locate(messages, [(at, True) for at in visible], full, example.tools)
         spans = []
-        for at in turns:
-            prompt = self.render(messages[:at], prompt=True, tools=example.tools)
+        for at, prompt in zip(turns, prompts, strict=True):
             stop = ends.get((at, True))
             if full.startswith(prompt) and (stop is None or len(prompt) <= stop):
                 start: int | None = len(prompt)

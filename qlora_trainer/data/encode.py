@@ -82,6 +82,7 @@ class Encoder:
         self.overlong = overlong
         self.masking = masking
         self.bos, self.eos = tokenizer.bos_token_id, int(tokenizer.eos_token_id)
+        self.added = frozenset(tokenizer.added_tokens_decoder)
         self.prefix = prefix_ids(tokenizer)
         self.notes: Counter[str] = Counter()
 
@@ -113,7 +114,7 @@ class Encoder:
             return Dropped("empty_answer", "no answer text to learn")
         if example.raw:
             whole = Span(len(example.prompt), len(example.prompt) + len(example.completion), 0, turn=True)
-            return Rendering(example.prompt + example.completion, (whole,), len(example.prompt))
+            return Rendering(example.prompt + example.completion, (whole,))
         assert self.template is not None, "conversations need a template"
         try:
             return self.template.layout(example)
@@ -137,6 +138,8 @@ class Encoder:
             inside = np.flatnonzero((starts < span.stop) & (ends > span.start))
             first = int(inside[0]) if len(inside) else int(np.searchsorted(starts, span.start))
             last = int(inside[-1]) + 1 if len(inside) else first
+            if first < last and starts[first] < span.start and int(tokens[first]) in self.added:
+                first += 1  # a role token that swallows the white space behind it is still the prompt's
             if span.turn:
                 limit = len(tokens)
                 if later := [other.start for other in layout.spans[number + 1 :] if other.turn]:
@@ -158,6 +161,8 @@ class Encoder:
             tokens = np.concatenate([np.asarray(self.prefix, dtype=np.int32), tokens])
             weights = np.concatenate([np.zeros(shift, dtype=np.float32), weights])
             answer = (answer[0] + shift, answer[1] + shift)
+        if not layout.as_prompted:
+            self.notes["prompt_differs"] += 1
         if self.bos is not None and len(tokens) > 1 and tokens[0] == tokens[1] == self.bos:
             self.notes["double_bos"] += 1
         if self.prefix and tokens[0] != self.prefix[0]:
@@ -181,7 +186,7 @@ class Encoder:
         while tail > first and tokens[tail - 1] != stop_token and not self._text(tokens[tail - 1]).strip():
             tail -= 1  # a {% generation %} block may hold the line break behind its end-of-turn token
         if tail > first and tokens[tail - 1] == stop_token:
-            return last, True
+            return tail, True  # behind it nothing is generated, so nothing is taught
         found = np.flatnonzero(tokens[last:limit] == stop_token)
         return (last + int(found[0]) + 1, True) if len(found) else (last, False)
 

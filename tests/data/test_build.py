@@ -1,0 +1,347 @@
+"""From a path to documents: what is refused, what is cached, what is held out."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qlora_trainer.data import DataOptions, TokenizedData, build, load_tokenized, tokenizer_fingerprint
+from qlora_trainer.errors import ConfigError, DataError, MissingInputError
+from tests.data.conftest import ROWS, write_jsonl
+from tests.data.families import tokenizer
+
+Load = Callable[..., TokenizedData]
+GOOD = {"instruction": "hi", "output": "hello"}
+
+
+def dump(*rows: Any) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+BAD: dict[str, tuple[str, bytes, str]] = {  # name -> file, content, message
+    "broken JSON line": ("a.jsonl", dump(GOOD) + b'{"instruction": \n', r":2: broken JSON"),
+    "wrong type": (
+        "a.jsonl",
+        dump(GOOD, {**GOOD, "output": 3}),
+        r":2: output: expected text, found a number",
+    ),
+    "missing column": ("a.jsonl", dump(GOOD, {"instruction": "a"}), r":2: output: missing column"),
+    "no known columns": (
+        "a.jsonl",
+        dump({"Q": "a", "A": "b"}),
+        r":1: no known format has the columns Q, A",
+    ),
+    "empty file": ("a.jsonl", b"", "empty: no rows"),
+    "empty array": ("a.json", b"[]", "empty: no rows"),
+    "header only": ("a.csv", b"instruction,output\n", "empty: no rows"),
+    "non-UTF-8": (
+        "a.jsonl",
+        dump(GOOD) + b'{"instruction": "caf\xe9", "output": "a"}\n',
+        r":2: not UTF-8",
+    ),
+    "NUL byte": ("a.jsonl", dump(GOOD) + b'{"instruction": "a\0", "output": "a"}\n', r":2: NUL byte"),
+    "escaped NUL": ("a.jsonl", dump(GOOD, {**GOOD, "output": "a\0"}), r":2: output: NUL"),
+    "row over 10 MB": (
+        "a.jsonl",
+        dump(GOOD, {**GOOD, "output": "a" * (11 << 20)}),
+        r":2: longer than 10 MiB",
+    ),
+    "unknown role": (
+        "a.jsonl",
+        dump({"messages": [{"role": "robot", "content": ""}]}),
+        r":1: messages\[0\]\.role: unknown",
+    ),
+    "not alternating": (
+        "a.jsonl",
+        dump({"messages": [{"role": "user", "content": "a"}] * 2}),
+        r":1: messages\[1\]: user turn after user",
+    ),
+    "duplicate ids": (
+        "a.jsonl",
+        dump({**GOOD, "id": 7}, GOOD, {**GOOD, "id": 7}),
+        r":3: id: the same as in line 1",
+    ),
+    "empty conversation": ("a.jsonl", dump({"messages": []}), r":1: messages: empty conversation"),
+    "preference pairs": (
+        "a.jsonl",
+        dump({"prompt": "a", "chosen": "b", "rejected": "c"}),
+        r":1: preference data",
+    ),
+    "unknown kind": ("a.docx", b"x", r"a\.docx: unknown kind of file"),
+    "nothing to learn": (
+        "a.jsonl",
+        dump({**GOOD, "output": ""}),
+        "none of 1 rows can be trained on .1 empty_answer",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_data_is_refused_with_file_line_and_field(load: Load, tmp_path: Path, name: str) -> None:
+    file, content, message = BAD[name]
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        load(tmp_path / file)
+    assert caught.value.exit_code == 65
+    left = [path for path in tmp_path.glob("cache/*") if path.suffix != ".lock"]
+    assert not left, "nothing of a failed build stays"
+
+
+def test_all_bad_rows_are_counted_and_the_first_five_named(load: Load, tmp_path: Path) -> None:
+    rows = [GOOD if n % 2 else {"instruction": n, "output": "a"} for n in range(20)]
+    with pytest.raises(DataError) as caught:
+        load(write_jsonl(tmp_path / "a.jsonl", rows))
+    first, *named = str(caught.value).splitlines()
+    assert first.startswith("10 of 20 rows are bad") and "data.on_bad_row=skip" in first
+    assert [line.split(":")[1] for line in named] == ["1", "3", "5", "7", "9"]
+
+
+def test_skip_leaves_bad_rows_out_and_the_ledger_says_which(load: Load, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(
+        dump({**GOOD, "id": 1}, {**GOOD, "output": 3})
+        + b"{broken\n"
+        + dump({**GOOD, "id": 1}, {**GOOD, "output": " "}, GOOD)
+    )
+    data = load(path, on_bad_row="skip")
+    assert (data.ledger.read, data.ledger.kept, len(data)) == (6, 2, 2)
+    assert data.ledger.dropped == {"bad_row": 2, "duplicate_id": 1, "empty_answer": 1}
+    assert [(row.where.rsplit(":")[-1], row.reason) for row in data.ledger.rows()] == [
+        ("2", "bad_row"),
+        ("3", "bad_row"),
+        ("4", "duplicate_id"),
+        ("5", "empty_answer"),
+    ]
+    assert [data.where(index).rsplit(":")[-1] for index in range(2)] == ["1", "6"]
+
+
+def test_missing_and_misleading_paths(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MissingInputError, match=r"none\.jsonl: no such file") as caught:
+        load(tmp_path / "none.jsonl")
+    assert caught.value.exit_code == 66
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(DataError, match="is a directory"):
+        load(tmp_path / "folder.json")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="a folder without"):
+        load(tmp_path / "empty")
+    with pytest.raises(MissingInputError, match="no such built-in data"):
+        load("builtin:nothing")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    started = time.monotonic()
+    with pytest.raises(MissingInputError, match="the hub cannot be reached"):
+        load("nobody/no-such-dataset-anywhere")
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"overlong": "truncate"}, "did you mean truncate_"),
+        ({"format": "alpacca"}, "did you mean alpaca"),
+        ({"on_bad_row": "ignore"}, "expected one of error skip"),
+        ({"eval_fraction": 1.0}, "less than 1"),
+        ({"eval_fraction": 0.1, "eval_path": "b"}, "both set"),
+        ({"train_on_inputs": True, "train_on_last_turn_only": True}, "contradict"),
+        ({"max_rows": 0}, "at least 1"),
+        ({"num_workers": -1}, "0 or more"),
+        ({"path": None}, "data.path is not set"),
+        ({"path": []}, "data.path is not set"),
+        ({"path": [{"pth": "a"}]}, "expected a text or a mapping"),
+        ({"path": [{"path": "a", "wieght": 2}]}, "did you mean weight"),
+        ({"path": [{"path": "a", "weight": 0}]}, "above 0"),
+    ],
+)
+def test_wrong_options_are_refused_before_a_file_is_opened(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DataOptions(**({"path": "a"} | options))
+
+
+def test_a_folder_is_all_its_files_in_order(load: Load, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    (folder / "sub").mkdir(parents=True)
+    write_jsonl(folder / "b.jsonl", ROWS[:3])
+    (folder / "a.json").write_text(json.dumps(ROWS[3:5]))
+    write_jsonl(folder / "sub" / "c.jsonl", ROWS[5:6])
+    (folder / "README").write_text("not data")
+    data = load(folder)
+    assert [data.where(at).removeprefix(f"{folder}/") for at in range(6)] == [
+        "a.json:1",
+        "a.json:1",
+        "b.jsonl:1",
+        "b.jsonl:2",
+        "b.jsonl:3",
+        "sub/c.jsonl:1",
+    ]
+
+
+def test_sources_mix_formats_and_are_capped_one_by_one(load: Load, rows_file: Path, tmp_path: Path) -> None:
+    chat = write_jsonl(
+        tmp_path / "chat.jsonl",
+        [
+            {"conversations": [{"from": "human", "value": f"hi {n}"}, {"from": "gpt", "value": "hello"}]}
+            for n in range(9)
+        ],
+    )
+    data = load([{"path": str(rows_file), "max_rows": 4}, {"path": str(chat), "weight": 3}])
+    assert data.formats == ["alpaca", "sharegpt"] and len(data) == 13
+    assert data.repeats.tolist() == [1.0] * 4 + [3.0] * 9
+
+
+def test_held_out_fraction_parts_the_rows(load: Load, rows_file: Path) -> None:
+    whole, train, held = (
+        load(rows_file, **options)
+        for options in ({}, {"eval_fraction": 0.3}, {"eval_fraction": 0.3, "role": "eval"})
+    )
+
+    def ids(data: TokenizedData) -> set[tuple[int, ...]]:
+        return {tuple(data.document(at).ids.tolist()) for at in range(len(data))}
+
+    assert ids(train) | ids(held) == ids(whole) and not ids(train) & ids(held)
+    assert 8 <= len(held) <= 30
+    assert ids(load(rows_file, eval_fraction=0.3, role="eval", seed=1)) != ids(held)
+
+
+def test_held_out_file_is_read_instead(load: Load, rows_file: Path, tmp_path: Path) -> None:
+    other = write_jsonl(tmp_path / "held.jsonl", ROWS[:7])
+    assert len(load(rows_file, eval_path=str(other), role="eval")) == 7
+    assert len(load(rows_file, eval_path=str(other))) == 60
+
+
+def test_prompts_are_those_of_training_with_the_answer_apart(load: Load, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [GOOD, {"instruction": "bye", "output": "so long " * 100}])
+    data = load(path, max_length=64)
+    [prompt] = data.prompts(tokenizer("qwen3"))  # a cut answer is no reference
+    assert prompt.text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt.reference == "<think>\n\n</think>\n\nhello"
+    assert prompt.where == f"{path}:1"
+    assert list(data.prompts(tokenizer("qwen3"), limit=0)) == []
+
+
+def test_builtin_restaurant_has_its_three_splits(load: Load) -> None:
+    train = load("builtin:restaurant", max_length=512)
+    held = load("builtin:restaurant", eval_path="builtin:restaurant/eval_names", role="eval", max_length=512)
+    assert len(train) == 800 and 0 < len(held) < 800
+
+
+# --- the cache
+
+
+def entries(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "cache").iterdir() if not path.name.startswith("."))
+
+
+def test_a_second_start_reads_the_cache_and_opens_no_row(
+    load: Load, rows_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = load(rows_file)
+    monkeypatch.setattr(build, "SourceReader", None)
+    second = load(rows_file)
+    assert second.fingerprint == first.fingerprint and second.folder == first.folder
+
+
+def test_whatever_changes_the_tokens_changes_the_key(load: Load, rows_file: Path, tmp_path: Path) -> None:
+    load(rows_file)
+    for number, changes in enumerate(
+        (
+            {"max_length": 64},
+            {"train_on_inputs": True},
+            {"train_on_last_turn_only": True},
+            {"template": "chatml"},
+            {"overlong": "drop"},
+            {"max_rows": 10},
+            {"format": "alpaca"},
+            {"eval_fraction": 0.2},
+            {"eval_fraction": 0.2, "seed": 1},
+            {"eval_fraction": 0.2, "role": "eval"},
+        ),
+        2,
+    ):
+        load(rows_file, **changes)
+        assert len(entries(tmp_path)) == number, changes
+    stamp = os.stat(rows_file)
+    rows_file.write_bytes(rows_file.read_bytes().replace(b"well", b"fine"))
+    os.utime(rows_file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # same name, size and time, other content
+    before = load(rows_file, max_length=127)
+    assert len(entries(tmp_path)) == 12
+    shutil.copy(rows_file, tmp_path / "template.jinja")
+    assert "fine" in tokenizer("qwen3").decode(before.document(0).ids.tolist())
+
+
+def test_tokenizer_fingerprint_sees_template_special_tokens_and_vocabulary() -> None:
+    fresh = tokenizer.__wrapped__
+    prints = {tokenizer_fingerprint(fresh("qwen3"))}
+    for change in (
+        lambda tok: setattr(tok, "chat_template", tok.chat_template + " "),
+        lambda tok: setattr(tok, "pad_token", "<|im_end|>"),
+        lambda tok: tok.add_tokens(["newword"]),
+        lambda tok: tok.add_special_tokens({"bos_token": "<s>"}),
+    ):
+        tok = fresh("qwen3")
+        change(tok)
+        prints.add(tokenizer_fingerprint(tok))
+    assert len(prints) == 5
+    tok = fresh("qwen3")
+    tok(["a", "b b"], padding=True, truncation=True, max_length=2)
+    assert tokenizer_fingerprint(tok) in prints, "a call with padding changes nothing"
+
+
+def test_a_file_edited_during_the_build_is_refused(
+    load: Load, rows_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = build._Build._tokenize
+
+    def edited(self: Any, *given: Any) -> int:
+        kept = original(self, *given)
+        with rows_file.open("a") as stream:
+            stream.write(json.dumps(GOOD) + "\n")
+        return kept
+
+    monkeypatch.setattr(build._Build, "_tokenize", edited)
+    with pytest.raises(DataError, match="changed while it was read"):
+        load(rows_file)
+
+
+def _build_at_once(path: str, cache: str, start: Any, results: Any) -> None:
+    start.wait()
+    data = load_tokenized(DataOptions(path=path), tokenizer("qwen3"), max_length=128, cache_dir=cache)
+    results.put((data.fingerprint, int(np.sum(data.document(len(data) - 1).ids))))
+
+
+def test_processes_that_build_at_once_get_the_same_whole_data(rows_file: Path, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    start, results = context.Event(), context.Queue()
+    processes = [
+        context.Process(target=_build_at_once, args=(str(rows_file), str(tmp_path / "cache"), start, results))
+        for _ in range(3)
+    ]
+    for process in processes:
+        process.start()
+    start.set()
+    found = {results.get(timeout=60) for _ in processes}
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert len(found) == 1 and len(entries(tmp_path)) == 1
+    assert not list((tmp_path / "cache").glob(".building-*"))
+
+
+def test_publishing_after_somebody_else_keeps_theirs(load: Load, rows_file: Path, tmp_path: Path) -> None:
+    """Without the lock (another machine on a shared disk) two builds race to the rename."""
+    data = load(rows_file)
+    [place] = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    stamp = (place / "manifest.json").stat().st_mtime_ns
+    writer = build.Writer(place)
+    writer.add(data.document(0), 0, "x", 1)
+    writer.publish({"read": 1})
+    assert (place / "manifest.json").stat().st_mtime_ns == stamp
+    assert not list((tmp_path / "cache").glob(".building-*"))
