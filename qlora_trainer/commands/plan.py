@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -10,6 +11,9 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.plan import hardware, screen, shapes
 from qlora_trainer.plan.plan import RunPlan, check, make_plan
 from qlora_trainer.plan.settings import DataFacts
+
+if TYPE_CHECKING:
+    from qlora_trainer.data import TokenizedData
 
 
 def run(config: RunConfig) -> None:
@@ -33,6 +37,16 @@ def plan_of(config: RunConfig, data: DataFacts | None = None, world_size: int = 
         MissingInputError: the model's config.json is not there.
     """
     return make_plan(config, machine(config), shape_of(config), data, world_size)
+
+
+def facts_of(data: TokenizedData) -> DataFacts:
+    """What the plan needs of data that has been read: one epoch's documents, repeats included."""
+    return DataFacts(
+        documents=max(1, round(float(data.repeats.sum()))),
+        tokens=max(1, round(float((data.lengths * data.repeats).sum()))),
+        supervised=data.n_supervised,
+        longest=int(data.lengths.max()),
+    )
 
 
 def machine(config: RunConfig) -> hardware.Hardware:

@@ -50,12 +50,12 @@ class FlatGradients:
         assert len(devices) == 1, f"trainable parameters on several devices: {devices}"
         self.device = devices.pop()
         self.buffer = torch.zeros(end, dtype=torch.float32, device=self.device)
-        self._addresses = []
+        self._addresses, self._hooks = [], []
         for span in self.spans:
             parameter = span.parameter
             assert parameter.is_contiguous(), span.name
             parameter.main_grad = self.buffer[span.start : span.stop].view_as(parameter)  # type: ignore[attr-defined]
-            parameter.register_post_accumulate_grad_hook(_move_to_main_grad)
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(_move_to_main_grad))
             self._addresses.append(parameter.data_ptr())
 
     def norm(self) -> Tensor:
@@ -64,6 +64,13 @@ class FlatGradients:
 
     def zero(self) -> None:
         self.buffer.zero_()
+
+    def detach(self) -> None:
+        """Leave the parameters as they were found, for another optimizer."""
+        for hook in self._hooks:
+            hook.remove()
+        for span in self.spans:
+            del span.parameter.main_grad  # type: ignore[attr-defined]
 
     def check_storage(self) -> None:
         """Assert that nobody moved the parameters: the state would then train a dead copy."""

@@ -68,6 +68,10 @@ def _candidates(settings: Settings) -> Iterator[tuple[str, str, dict[str, Any]]]
         )
     if settings.activations not in ("auto", "full"):
         yield "train.activations=full", "same result, slower", {"activations": "full"}
+    if settings.reference_because == "model.kernels=reference":
+        yield "model.kernels=auto", "same result to rounding, faster", {"reference_because": None}
+    if (settings.reference_because or "").startswith("lora.lora_dropout"):
+        yield "lora.lora_dropout=0", "no dropout, faster", {"reference_because": None}
     if settings.device == "cuda" and not settings.paged:
         bits = settings.state_bits
         yield f"optim.name=paged_adamw_{bits}bit", "same result", {"paged": True, "managed": False}

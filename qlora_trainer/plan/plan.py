@@ -46,6 +46,7 @@ class RunPlan:
     parameters: int
     trainable: int
     path: str
+    reference_because: str | None
     phases: tuple[memory.Phase, ...]
     policies: tuple[str, ...]
     optimizer_resident: int
@@ -119,6 +120,7 @@ def make_plan(
         parameters=shape.parameters,
         trainable=memory.adapter_parameters(shape, settings),
         path="fast" if settings.fast else "reference",
+        reference_because=settings.reference_because,
         phases=phases,
         policies=choice.policies,
         optimizer_resident=choice.resident_state,

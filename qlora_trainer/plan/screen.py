@@ -38,7 +38,10 @@ def render(plan: RunPlan) -> RenderableType:
 def _facts(plan: RunPlan) -> Table:
     table = Table.grid(padding=(0, 2))
     share = plan.trainable / plan.parameters
-    table.add_row("model", f"{plan.model_type}, {count(plan.parameters)} parameters, {plan.path} path")
+    table.add_row("model", f"{plan.model_type}, {count(plan.parameters)} parameters")
+    table.add_row(
+        "path", plan.path + (f", because of {plan.reference_because}" if plan.reference_because else "")
+    )
     table.add_row("adapter", f"{count(plan.trainable)} trainable parameters ({share:.2%})")
     table.add_row("device", f"{plan.hardware.name}, {gib(plan.hardware.memory)} GiB")
     table.add_row("activations", plan.policy_summary())

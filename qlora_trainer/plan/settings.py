@@ -34,7 +34,8 @@ class Settings:
 
     Attributes:
         device: cuda or cpu.
-        fast: the fast path runs (`model/fuse.py`); otherwise transformers, PEFT and bitsandbytes.
+        reference_because: why transformers, PEFT and bitsandbytes run the step and not the fast path
+            (`model/fuse.py`); None if it does.
         rows, length: of a micro-batch at its largest, in rows and tokens a row.
         supervised: share of its tokens that have a label (1 if not known).
         mean_length: tokens a row on average, padding included, for the time.
@@ -43,7 +44,7 @@ class Settings:
     """
 
     device: str
-    fast: bool
+    reference_because: str | None
     rows: int
     length: int
     accumulation: int
@@ -66,6 +67,10 @@ class Settings:
     evaluates: bool
     merges: bool
     checkpoints_kept: int
+
+    @property
+    def fast(self) -> bool:
+        return self.reference_because is None
 
     @property
     def tokens(self) -> int:
@@ -98,12 +103,7 @@ def from_config(
     resident = config.optim.resident_gib
     return Settings(
         device=hardware.device,
-        fast=config.model.kernels == "auto"
-        and hardware.device == "cuda"
-        and shape.model_type in FAST_FAMILIES
-        and quantization.method in ("nf4", "fp4", "none")
-        and not lora.use_dora
-        and lora.lora_dropout == 0,
+        reference_because=_why_reference(config, hardware, shape),
         rows=train.per_device_train_batch_size,
         length=length,
         accumulation=train.gradient_accumulation_steps,
@@ -127,6 +127,20 @@ def from_config(
         merges=any(name not in ("adapter", "gguf_adapter") for name in config.export.format),
         checkpoints_kept=config.checkpoint.save_total_limit,
     )
+
+
+def _why_reference(config: RunConfig, hardware: Hardware, shape: ModelShape) -> str | None:
+    """What the fast path leaves to the reference, as `model/fused/recognise.py` decides it."""
+    lora, method = config.lora, config.quantization.method
+    reasons = {
+        "model.kernels=reference": config.model.kernels != "auto",
+        "no GPU": hardware.device != "cuda",
+        f"model type {shape.model_type}": shape.model_type not in FAST_FAMILIES,
+        f"quantization.method={method}": method not in ("nf4", "fp4", "none"),
+        "lora.use_dora=true": lora.use_dora,
+        f"lora.lora_dropout={lora.lora_dropout:g}": lora.lora_dropout > 0,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def _mean_length(length: int, config: RunConfig, data: DataFacts | None) -> float:

@@ -179,6 +179,13 @@ def test_backward_accumulates_in_float32_and_frees_grad(dtype: torch.dtype) -> N
     assert not optimizer.grad.any()
 
 
+def test_detached_parameters_are_as_they_were() -> None:
+    parameters = make_parameters()
+    make(parameters).gradients.detach()
+    parameters["a"].sum().backward()
+    assert torch.equal(parameters["a"].grad, torch.ones(8, 96)) and not hasattr(parameters["a"], "main_grad")
+
+
 def test_frozen_parameters_are_left_out() -> None:
     parameters = make_parameters()
     parameters["b"].requires_grad_(False)
