@@ -29,7 +29,7 @@ def _words(text: str) -> list[str]:
 
 FIRST = _words("""Adam Alice Andrew Anna Ben Carl Charles Chris Daniel David Edward Emily Frank Fred George
 Henry Jack Jacob James Jane Jean John Joseph Kim Lily Louis Luke Maria Marie Mark Martin Mary Matt Michael""")
-LAST = _words("""Adler Brown Costa Dubois Evans Fischer Garcia Haddad Hansen Ivanov Jensen Kowalski Kumar Larsen
+LAST = _words("""Adler Brown Costa Dubois Evans Fischer Garcia Haddad Hansen Ivanov Jensen Kowalski Kumar
 Lopez Meyer Moreau Murphy Nguyen Novak Okafor Petrov Quinn Rossi Silva Tanaka Ueda Vogel Weber Zhang""")
 NEW_FIRST = _words("Alexander Arthur Elizabeth Nick Paul Peter Richard Robert Rose Samuel Sarah Simon Thomas")
 NEW_LAST = _words(
