@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
@@ -25,7 +26,7 @@ KEYS = {
     "train.lr_scheduler_type": "cosine",
     "evaluate.enabled": "false",
 }
-WORDS = "red blue green seven eight nine north south east west up down left right in out".split()
+WORDS = ["red", "blue", "green", "seven", "eight", "nine", "north", "south", "up", "down", "left", "right"]
 
 
 class Scene:
@@ -39,10 +40,10 @@ class Scene:
 
     def write_data(self, file: Path, rows: int, seed: int) -> None:
         words = random.Random(seed)
-        table = [
-            {"instruction": words.choice(WORDS), "output": " ".join(words.choices(WORDS, k=words.randint(1, 4)))}
-            for _ in range(rows)
-        ]
+        table = []
+        for _ in range(rows):
+            answer = words.choices(WORDS, k=words.randint(1, 4))
+            table.append({"instruction": words.choice(WORDS), "output": " ".join(answer)})
         file.write_text(json.dumps(table))
 
     def line(self, output: str, **keys: Any) -> list[str]:
@@ -58,7 +59,9 @@ class Scene:
         }
         return [f"{name}={value}" for name, value in settings.items()]
 
-    def start(self, output: str, *hooks: Sequence[Any], env: dict[str, str] | None = None, **keys: Any) -> Run:
+    def start(
+        self, output: str, *hooks: Sequence[Any], env: dict[str, str] | None = None, **keys: Any
+    ) -> Run:
         return self.runner.start(*self.line(output, **keys), hooks=[list(hook) for hook in hooks], env=env)
 
     def train(self, output: str, *hooks: Sequence[Any], expect: int = 0, **options: Any) -> str:
@@ -67,6 +70,13 @@ class Scene:
         code = run.wait()
         assert code == expect, f"exit {code} instead of {expect}:\n{run.text()}"
         return run.text()
+
+    def uninterrupted(self, **keys: Any) -> Path:
+        """The finished run with these settings; made once."""
+        name = "whole-" + hashlib.sha256(repr(sorted(keys.items())).encode()).hexdigest()[:8]
+        if not (self.folder / name).exists():
+            self.train(name, **keys)
+        return self.folder / name
 
     def copy(self, output: str, target: str) -> Path:
         """Another run folder with the same content."""
@@ -86,9 +96,11 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     """`metrics.jsonl` with floats in hex, without what a clock measured."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     clock = ("tokens_per_second", "eval_seconds", "seconds")
-    return [
-        {k: v.hex() if isinstance(v, float) else v for k, v in line.items() if k not in clock} for line in lines
-    ]
+    return [{key: _exact(value) for key, value in line.items() if key not in clock} for line in lines]
+
+
+def _exact(value: Any) -> Any:
+    return value.hex() if isinstance(value, float) else value
 
 
 def differences(run: Path, other: Path) -> list[str]:
@@ -103,14 +115,8 @@ def differences(run: Path, other: Path) -> list[str]:
     last = format.folder_name(max(line["step"] for line in mine))
     for folder in (f"{resume.CHECKPOINTS}/{last}", "adapter"):
         names = {file.name for file in [*(run / folder).iterdir(), *(other / folder).iterdir()]}
-        for name in sorted(names):
+        for name in sorted(names - {"README.md"}):  # the card bears the run folder's name
             pair = [path / folder / name for path in (run, other)]
-            if not all(path.exists() for path in pair) or _content(pair[0], run) != _content(pair[1], other):
+            if not all(path.exists() for path in pair) or pair[0].read_bytes() != pair[1].read_bytes():
                 found.append(f"{folder}/{name}")
     return found
-
-
-def _content(file: Path, run: Path) -> bytes:
-    """The file's bytes; the card is named after the run folder."""
-    data = file.read_bytes()
-    return data.replace(run.name.encode(), b"RUN") if file.suffix == ".md" else data

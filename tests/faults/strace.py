@@ -28,7 +28,7 @@ def available() -> bool:
 
 
 def points(run: Path) -> list[tuple[str, int]]:
-    """Every system call of `killing.act` in a prepared run folder: its name, and the how-manieth of that name."""
+    """Every system call of `killing.act` in a prepared run folder: its name, and which of that name."""
     log = run.parent / "strace.txt"
     pid, go = _waiting(run)
     _attach(pid, go, "-e", f"trace={CALLS}", "-o", str(log))
@@ -45,7 +45,8 @@ def points(run: Path) -> list[tuple[str, int]]:
 def die_at(run: Path, call: str, number: int) -> bool:
     """Kills `killing.act` at one of its system calls; whether it was killed."""
     pid, go = _waiting(run)
-    _attach(pid, go, "-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={number}", "-o", os.devnull)
+    inject = f"inject={call}:signal=KILL:when={number}"
+    _attach(pid, go, "-e", f"trace={call}", "-e", inject, "-o", os.devnull)
     _, status = os.waitpid(pid, 0)
     return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
 

@@ -77,7 +77,9 @@ class Runner:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def start(self, *argv: str, env: dict[str, str] | None = None, hooks: list[list[Any]] | None = None) -> Run:
+    def start(
+        self, *argv: str, env: dict[str, str] | None = None, hooks: list[list[Any]] | None = None
+    ) -> Run:
         """Begins `python -m qlora_trainer *argv`; `hooks` are [name, arguments …] of `tests.faults.hooks`."""
         self.runs += 1
         output = self.folder / f"output-{self.runs}.txt"
