@@ -34,14 +34,17 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "quantization.bnb_4bit_compute_dtype": ("auto", "bfloat16", "float32", "float16"),
     "lora.dtype": ("bfloat16", "float32"),
     "train.lr_scheduler_type": schedule.NAMES,
-    "train.activations": ("auto", "none", "full"),
+    "train.activations": ("auto", "none", "mlp", "full", "offload"),
+    "train.base_gemm": ("bf16", "fp8"),
     "optim.name": optim.NAMES,
     "evaluate.task": ("none", "exact_match"),
     "export.merge_base": ("trained", "original"),
+    "export.dtype": ("auto", "bfloat16", "float32", "float16"),
+    "export.gguf_type": ("f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
 }
 LISTS: dict[str, tuple[str, ...]] = {
     "track.report_to": ("wandb",),
-    "export.format": ("adapter", "merged", "gptq", "awq", "int8", "gguf"),
+    "export.format": ("adapter", "merged", "gptq", "awq", "rtn", "int8", "nf4", "gguf"),
 }
 # Initialisations that PEFT computes from the weights themselves need 16 or 32 bit ones; eva and corda need
 # data first, loftq quantizes on its own.
@@ -68,6 +71,13 @@ RANGES: dict[str, tuple[float, float]] = {  # both ends belong
     "evaluate.max_new_tokens": (1, inf),
     "evaluate.batch_size": (1, inf),
     "evaluate.examples": (0, inf),
+    "export.bits": (2, 8),
+    "export.group_size": (-1, inf),
+    "export.max_kl": (0, inf),
+    "export.calibration_samples": (1, inf),
+    "export.calibration_length": (16, inf),
+    "export.verify_rows": (1, inf),
+    "export.verify_questions": (0, inf),
     "chat.max_new_tokens": (1, inf),
     "chat.temperature": (0, 5),
     "chat.top_p": (0, 1),
@@ -192,11 +202,12 @@ def _conflicts(config: RunConfig, command: str) -> Iterator[str]:
         yield "train.group_by_length: has no use with train.packing=true (every row is full); set one"
     if not train.packing and data.overlong == "split":
         yield "data.overlong: split cuts documents for packing; set train.packing=true, or another overlong"
-    if config.evaluate.task != "none" and not (data.eval_path or data.eval_fraction):
-        yield (
-            f"evaluate.task: {config.evaluate.task} has no held-out rows to be measured on; set "
-            "data.eval_path or data.eval_fraction"
-        )
+    if config.evaluate.enabled and not (data.eval_path or data.eval_fraction):
+        remedy = "has no held-out rows to be measured on; set data.eval_path or data.eval_fraction"
+        if config.evaluate.task != "none":
+            yield f"evaluate.task: {config.evaluate.task} {remedy}"
+        if config.evaluate.eval_steps:
+            yield f"evaluate.eval_steps: {config.evaluate.eval_steps} {remedy}"
 
 
 def _float16(config: RunConfig) -> Iterator[str]:

@@ -66,21 +66,24 @@ def claim_output_dir(config: RunConfig, required_bytes: int = 64 * 2**20) -> Pat
 
 
 def refuse_foreign(config: RunConfig) -> None:
-    """The part of the claim that only looks: raises `ConfigError` if `output_dir` is not this run's."""
+    """The part of the claim that only looks, without torch and before anything is made.
+
+    Raises `ConfigError` if `output_dir` is not this run's, `CheckpointError` if it cannot be made there.
+    """
     folder = Path(config.output_dir or "")
     remedy = f"set output_dir to another folder, or remove {folder}"
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir: {folder} is a file; name a folder")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        reason = "may not be written to" if there.is_dir() else "is a file"
+        raise CheckpointError(
+            f"output_dir: {folder} cannot be made, {there} {reason}; set output_dir=/elsewhere"
+        )
     file = folder / CONFIG_FILE
     if not file.is_file():
-        try:
-            strangers = (
-                sorted(p.name for p in folder.iterdir() if p.name[0] != ".") if folder.is_dir() else []
-            )
-        except PermissionError as error:
-            raise CheckpointError(
-                f"output_dir: {folder} {_reason(error)}; set output_dir elsewhere"
-            ) from error
+        entries = folder.iterdir() if folder.is_dir() else ()
+        strangers = sorted(entry.name for entry in entries if not entry.name.startswith("."))
         if strangers:
             raise ConfigError(
                 f"output_dir: {folder} holds {strangers[0]} and no {CONFIG_FILE}, so it is no run's; {remedy}"

@@ -111,7 +111,8 @@ CONFLICTS = [
     case(f"{READY} model.trust_remote_code=true model.revision=main", 2, "commit hash"),
     case(f"{READY} lora.init_lora_weights=pissa", 2, "lora.init_lora_weights", "quantization.method=none"),
     case(f"{READY} lora.target_modules=[up] lora.modules_to_save=[up]", 2, "modules_to_save", "one of the"),
-    case(f"{READY} evaluate.task=exact_match", 2, "evaluate.task", "data.eval_path"),
+    case(f"{READY} evaluate.enabled=true evaluate.task=exact_match", 2, "evaluate.task", "data.eval_path"),
+    case(f"{READY} evaluate.enabled=true evaluate.eval_steps=5", 2, "evaluate.eval_steps", "data.eval_path"),
     case(f"{READY} data.overlong=split", 2, "data.overlong", "train.packing=true"),
     case("train recipe=tiny run=finished", 2, "run:", "drop one"),
     case("train run=finished", 2, "run:", "output_dir"),
@@ -158,8 +159,8 @@ RECIPE_FILES = {
 
 FOLDERS = [
     case(f"{READY} output_dir=rows.jsonl", 2, "output_dir", "is a file"),
-    case(f"{READY} output_dir=rows.jsonl/run", 74, "output_dir", "set output_dir="),
-    case(f"{READY} output_dir=/proc/run", 74, "output_dir", "set output_dir="),
+    case(f"{READY} output_dir=rows.jsonl/run", 74, "output_dir", "; set "),
+    case(f"{READY} output_dir=/proc/run", 74, "output_dir", "; set "),
     case(f"{READY} output_dir=model", 2, "output_dir", "no run's"),
     case(f"{READY} output_dir=finished", 2, "output_dir", "another configuration", "model.model_name"),
 ]
