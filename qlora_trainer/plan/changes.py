@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_trainer.plan import memory
-from qlora_trainer.plan.choose import budget, choose
+from qlora_trainer.plan.choose import budget, choose, settle
 from qlora_trainer.plan.hardware import Hardware
 from qlora_trainer.plan.settings import Settings
 from qlora_trainer.plan.shapes import ModelShape
@@ -34,6 +34,7 @@ def cheapest(
     """First what fits, in the order of what it costs the result; then what comes nearest."""
 
     def peak(changed: Settings) -> int:
+        changed = settle(shape, changed, hardware)
         choice = choose(shape, changed, hardware)
         phases = memory.phases(shape, changed, choice.policies, choice.state, choice.dequantized)
         return max(phase.total for phase in phases)
@@ -68,6 +69,8 @@ def _candidates(settings: Settings) -> Iterator[tuple[str, str, dict[str, Any]]]
         )
     if settings.activations not in ("auto", "full"):
         yield "train.activations=full", "same result, slower", {"activations": "full"}
+    if settings.offload == "none" and settings.fast and settings.method in ("nf4", "fp4"):
+        yield "model.offload=layers", "same result, slower", {"offload": "layers"}
     if settings.reference_because == "model.kernels=reference":
         yield "model.kernels=auto", "same result to rounding, faster", {"reference_because": None}
     if (settings.reference_because or "").startswith("lora.lora_dropout"):

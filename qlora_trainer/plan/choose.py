@@ -49,8 +49,22 @@ def budget(hardware: Hardware) -> int:
     return int(hardware.memory * USABLE)
 
 
+def settle(shape: ModelShape, settings: Settings, hardware: Hardware) -> Settings:
+    """`offload=auto` becomes `layers` where nothing else fits, on the path that can stream them."""
+    if settings.offload != "auto":
+        return settings
+    stay = replace(settings, offload="none")
+    if not settings.fast or settings.method not in ("nf4", "fp4"):
+        return stay
+    choice = choose(shape, stay, hardware)
+    phases = memory.phases(shape, stay, choice.policies, choice.state, choice.dequantized)
+    fits = max(phase.total for phase in phases) <= budget(hardware)
+    return stay if fits else replace(settings, offload="layers")
+
+
 def choose(shape: ModelShape, settings: Settings, hardware: Hardware) -> Choice:
     """The fastest choice that fits comfortably; if none does, the smallest."""
+    assert settings.offload != "auto", "settle comes first"
     base = memory.fixed(shape, settings)
     room = int(hardware.memory * COMFORTABLE)
 
@@ -70,6 +84,8 @@ def _dequantized(shape: ModelShape, settings: Settings, choice: Choice, room: in
     """Room that is left when nothing is recomputed saves the dequantization of as many weights."""
     path = memory.path_of(shape, settings)
     if not isinstance(path, FastPath) or set(choice.policies) != {"none"} or settings.method == "none":
+        return 0
+    if settings.offload == "layers":
         return 0
     return min(room, path.dequantized())
 

@@ -86,12 +86,20 @@ def adapter_parameters(shape: ModelShape, settings: Settings) -> int:
     return count
 
 
+def layer_codes(shape: ModelShape, settings: Settings) -> int:
+    """Bytes of the 4-bit codes of all decoder layers: what `model/offload.py` keeps on the host."""
+    return sum(x.numel for x in shape.linears if x.layer is not None) // 2
+
+
 def fixed(shape: ModelShape, settings: Settings) -> Fixed:
     bytes_each = {"nf4": 0.5, "fp4": 0.5, "int8": 1.0, "gptq": 0.5, "awq": 0.5}
     each = bytes_each.get(settings.method, settings.dtype_bytes)
     trained = adapter_parameters(shape, settings)
+    base_weights = int(sum(x.numel for x in shape.linears) * each)
+    if settings.offload == "layers":  # two slots instead of all layers
+        base_weights -= layer_codes(shape, settings) * (shape.layers - 2) // shape.layers
     return Fixed(
-        base_weights=int(sum(x.numel for x in shape.linears) * each),
+        base_weights=base_weights,
         quantization_constants=sum(constants_bytes(x, settings) for x in shape.linears),
         embeddings_and_head=settings.dtype_bytes * (shape.embedding + shape.head + shape.other),
         adapter=settings.adapter_bytes * trained,

@@ -16,7 +16,7 @@ from qlora_trainer.errors import ConfigError
 from qlora_trainer.plan import memory
 from qlora_trainer.plan import settings as settings_module
 from qlora_trainer.plan.changes import Change, cheapest
-from qlora_trainer.plan.choose import Choice, budget, choose
+from qlora_trainer.plan.choose import Choice, budget, choose, settle
 from qlora_trainer.plan.hardware import GIB, Hardware
 from qlora_trainer.plan.settings import DataFacts, Settings
 from qlora_trainer.plan.shapes import ModelShape
@@ -36,6 +36,7 @@ class RunPlan:
         policies: activation policy of every layer, from the first.
         optimizer_resident: optimizer bytes that stay on the device, to hand to the optimizer.
         dequantized: base weights kept in 16 bits because there is room, to hand to the fast path.
+        offload: none, or layers: 4-bit layers live on the host.
         host, disk: RAM and disk, by part.
         tokens_per_step: of all ranks, padding included, on average.
         changes: if it does not fit, the three cheapest ways out.
@@ -51,6 +52,7 @@ class RunPlan:
     policies: tuple[str, ...]
     optimizer_resident: int
     dequantized: int
+    offload: str
     host: dict[str, int]
     disk: dict[str, int]
     rows: int
@@ -104,7 +106,8 @@ def make_plan(
     world_size: int = 1,
 ) -> RunPlan:
     """The plan of one run. Without `data`, every row counts as full and every token as labelled."""
-    settings = settings_module.from_config(config, hardware, shape, data, world_size)
+    asked = settings_module.from_config(config, hardware, shape, data, world_size)
+    settings = settle(shape, asked, hardware)
     choice = choose(shape, settings, hardware)
     phases = memory.phases(shape, settings, choice.policies, choice.state, choice.dequantized)
     room = budget(hardware)
@@ -125,6 +128,7 @@ def make_plan(
         policies=choice.policies,
         optimizer_resident=choice.resident_state,
         dequantized=choice.dequantized,
+        offload=settings.offload,
         host=_host(shape, settings, choice, data),
         disk=_disk(shape, settings),
         rows=settings.rows,
@@ -139,7 +143,7 @@ def make_plan(
         margin=MARGIN if shape.exact else WIDE_MARGIN,
         budget=room,
         fits=fits,
-        changes=() if fits else cheapest(shape, settings, hardware),
+        changes=() if fits else cheapest(shape, asked, hardware),
         notes=_notes(shape, settings, hardware, data),
     )
 
@@ -188,6 +192,7 @@ def _host(shape: ModelShape, settings: Settings, choice: Choice, data: DataFacts
     return {
         "process": PROCESS if settings.device == "cuda" else PROCESS // 4,
         "loading": 2 * max(largest, shape.embedding) * settings.dtype_bytes,
+        "offloaded weights": memory.layer_codes(shape, settings) if settings.offload == "layers" else 0,
         "optimizer pages": choice.host_state,
         "offloaded activations": sum(path.on_host(policy) for policy in choice.policies),
         "checkpoint in flight": memory.state_bytes(trained, settings.state_bits)

@@ -45,6 +45,8 @@ def _facts(plan: RunPlan) -> Table:
     table.add_row("adapter", f"{count(plan.trainable)} trainable parameters ({share:.2%})")
     table.add_row("device", f"{plan.hardware.name}, {gib(plan.hardware.memory)} GiB")
     table.add_row("activations", plan.policy_summary())
+    if plan.offload == "layers":
+        table.add_row("offload", "4-bit layers live in host memory and stream through the device")
     ranks = f" x {plan.world_size} processes" if plan.world_size > 1 else ""
     table.add_row(
         "step",

@@ -40,6 +40,7 @@ class Settings:
         supervised: share of its tokens that have a label (1 if not known).
         mean_length: tokens a row on average, padding included, for the time.
         activations: auto, or the policy of every layer.
+        offload: auto, none, or layers: 4-bit layers live on the host and stream (`model/offload.py`).
         optimizer_resident: bytes of paged state that may stay on the device; None: the plan chooses.
     """
 
@@ -64,6 +65,7 @@ class Settings:
     paged: bool
     managed: bool
     optimizer_resident: int | None
+    offload: str
     evaluates: bool
     merges: bool
     checkpoints_kept: int
@@ -123,6 +125,7 @@ def from_config(
         paged=name.startswith("paged") and hardware.device == "cuda",
         managed=name.startswith("bnb_paged") and hardware.device == "cuda",
         optimizer_resident=int(resident * GIB) if resident is not None else None,
+        offload=config.model.offload,
         evaluates=config.evaluate.enabled,
         merges=any(name not in ("adapter", "gguf_adapter") for name in config.export.format),
         checkpoints_kept=config.checkpoint.save_total_limit,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qlora_trainer.plan.hardware import Hardware
-from qlora_trainer.plan.memory import adapter_parameters, is_quantized, path_of
+from qlora_trainer.plan.memory import adapter_parameters, is_quantized, layer_codes, path_of
 from qlora_trainer.plan.settings import Settings
 from qlora_trainer.plan.shapes import ModelShape
 
@@ -94,6 +94,8 @@ def micro_batch_seconds(
             weight -= min(weight, dequantized // settings.dtype_bytes)
             moved = weight * (0.52 + settings.dtype_bytes)  # read the codes, write 16-bit values
             seconds += passes * moved / (hardware.bandwidth * part.bandwidth)
+    if settings.offload == "layers" and hardware.bus is not None:  # up and down again, beside the work
+        seconds = max(seconds, 2 * layer_codes(shape, settings) / hardware.bus)
     return max(seconds, shape.layers * part.host * passes / 2)
 
 

@@ -16,7 +16,8 @@ BASIC = Settings(
     device="cuda", reference_because=None, rows=4, length=2048, accumulation=1, world_size=1, supervised=1.0,
     mean_length=2048.0, method="nf4", double_quant=True, dtype_bytes=2, adapter_bytes=2, r=16,
     target_modules="all-linear", dora=False, modules_to_save=(), activations="auto", state_bits=32,
-    paged=True, managed=False, optimizer_resident=None, evaluates=True, merges=False, checkpoints_kept=2,
+    paged=True, managed=False, optimizer_resident=None, offload="none",
+    evaluates=True, merges=False, checkpoints_kept=2,
 )  # fmt: skip
 
 

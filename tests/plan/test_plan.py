@@ -116,6 +116,17 @@ def test_reference_path_knows_two_policies() -> None:
     assert plan("24GiB", *reference).path == "reference"
 
 
+def test_layers_stream_only_where_nothing_else_fits() -> None:
+    automatic = ("model.offload", "auto")
+    roomy, tight = plan("8GiB", automatic), plan("5GiB", automatic)
+    assert (roomy.offload, tight.offload) == ("none", "layers")
+    assert tight.fits and tight.host["offloaded weights"] > 3 * (1 << 30)
+    refused = plan("5GiB")
+    assert not refused.fits and refused.changes[0].overrides == "model.offload=layers"
+    assert refused.changes[0].peak == tight.peak.total
+    assert plan("5GiB", automatic, ("model.kernels", "reference")).offload == "none"
+
+
 def test_pages_leave_when_the_card_is_full() -> None:
     sizes = (
         ("lora.r", 64),
