@@ -131,8 +131,26 @@ class ChatConfig:
 
 @dataclass
 class ExportConfig:
-    format: list[str] = field(default_factory=lambda: ["adapter"])
-    merge_base: str = "trained"  # trained | original
+    format: list[str] = field(default_factory=lambda: ["adapter"])  # merged gptq awq rtn int8 nf4 gguf
+    adapter: Optional[str] = None  # a PEFT adapter folder that this program did not train, instead of `run`
+    merge_base: str = "trained"  # onto the base dequantized as trained against | original: its 16-bit weights
+    dtype: str = "auto"  # of merged weights; auto: the base checkpoint's
+    bits: int = 4  # gptq, rtn: 3 4 8; awq: 4
+    group_size: int = 128  # weights that share a scale; -1: whole rows
+    sym: bool = True
+    desc_act: bool = False
+    gguf_type: str = "q8_0"  # f16 | bf16 | q8_0 | q5_1 | q5_0 | q4_1 | q4_0
+    calibration: str = "train"  # the run's training rows | c4 | wikitext | a file or dataset
+    calibration_samples: int = 128
+    calibration_length: int = 512  # tokens
+    overwrite: bool = False
+    verify: bool = True  # reload and measure each export; over its bound: exit 3
+    max_kl: Optional[float] = None  # nats a token; null: the format's own bound
+    verify_rows: int = 64
+    verify_questions: int = 16
+    verify_text: Optional[str] = None  # measured on this file instead of the held-out rows
+    push_to_hub: Optional[str] = None  # owner/name
+    hub_private: bool = True
 
 
 @dataclass
