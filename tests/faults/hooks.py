@@ -5,6 +5,7 @@ Also imports everything a run needs, so that forked runs start in milliseconds.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 import bitsandbytes  # noqa: F401
 import datasets  # noqa: F401
+import psutil
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
 
@@ -23,9 +25,11 @@ from qlora_trainer.checkpoint.format import Checkpoint
 from qlora_trainer.data import Loader
 from qlora_trainer.optim.adamw import AdamW
 from qlora_trainer.track.jsonl import JsonlTracker
-from qlora_trainer.train.loop import MicroStep
+from qlora_trainer.train import loop
 from qlora_trainer.train.signals import StopSignals
 from qlora_trainer.train.state import RunState
+
+CLONE_NEWNET = 0x40000000  # linux/sched.h
 
 
 def _after(owner: type, name: str, act: Callable[..., None]) -> None:
@@ -54,41 +58,109 @@ def signal_at_step(step: int, *numbers: int) -> None:
     _after(JsonlTracker, "log", send)
 
 
-def signal_in_phase(phase: str, number: int, step: int = 0) -> None:
-    """Sends a signal in the middle of a phase."""
-    original = StopSignals.phase
+def signal_in_phase(phase: str, number: int) -> None:
+    """Sends a signal in the middle of a phase, the first time that it is entered."""
 
-    @contextmanager
-    def entering(self: StopSignals, name: str, **options: Any) -> Iterator[None]:
-        with original(self, name, **options):
-            if name == phase:
-                os.kill(os.getpid(), number)
-                time.sleep(0.05)
-            yield
+    def send() -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(0.05)
 
-    setattr(StopSignals, "phase", entering)  # noqa: B010
+    _in_phase(phase, send)
 
 
 def slow_phase(phase: str, seconds: float) -> None:
-    """Makes a phase take long, and says so."""
+    """Makes a phase take long, the first time, and says so."""
+
+    def wait() -> None:
+        print(f"in {phase}", flush=True)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            time.sleep(0.05)
+
+    _in_phase(phase, wait)
+
+
+def _in_phase(phase: str, act: Callable[[], None]) -> None:
     original = StopSignals.phase
+    todo = [act]
 
     @contextmanager
     def entering(self: StopSignals, name: str, **options: Any) -> Iterator[None]:
         with original(self, name, **options):
-            if name == phase:
-                print(f"in {name}", flush=True)
-                end = time.monotonic() + seconds
-                while time.monotonic() < end:
-                    time.sleep(0.05)
+            if name == phase and todo:
+                todo.pop()()
             yield
 
     setattr(StopSignals, "phase", entering)  # noqa: B010
 
 
-def slow_steps(seconds: float) -> None:
-    """Makes every micro-batch take long, so that a test can act in the middle of a step."""
-    _after(MicroStep, "__call__", lambda *_: time.sleep(seconds))
+def _after_micro_batch(act: Callable[[Any], None]) -> None:
+    """Calls `act(batch)` after every forward and backward, whichever path makes them."""
+    original = loop._accumulate
+
+    def accumulate(micro_step: Callable[[Any], Any], *arguments: Any) -> Any:
+        def step(batch: Any) -> Any:
+            loss = micro_step(batch)
+            act(batch)
+            return loss
+
+        return original(step, *arguments)
+
+    setattr(loop, "_accumulate", accumulate)  # noqa: B010
+
+
+def slow_micro_batches(seconds: float) -> None:
+    """Makes every micro-batch take long, and says when each is done."""
+
+    def wait(batch: Any) -> None:
+        print(f"micro-batch of rows {batch.rows}", flush=True)
+        time.sleep(seconds)
+
+    _after_micro_batch(wait)
+
+
+def signal_at_micro_batch(number: int, *signals: int) -> None:
+    """Sends this process signals after its so-manieth micro-batch; for ranks that log nothing."""
+    made = [0]
+
+    def send(batch: Any) -> None:
+        made[0] += 1
+        if made[0] == number:
+            for each in signals:
+                os.kill(os.getpid(), each)
+
+    _after_micro_batch(send)
+
+
+def impatient(seconds: float) -> None:
+    """How long a step may have taken already and still be finished when the run has to stop."""
+    loop.PATIENCE = seconds
+
+
+def kill_children_at_step(step: int) -> None:
+    """Kills every process that this one has started: a tracker's service."""
+
+    def kill(self: JsonlTracker, result: None, record: dict[str, Any]) -> None:
+        if record["step"] == step:
+            for child in psutil.Process().children(recursive=True):
+                child.kill()
+
+    _after(JsonlTracker, "log", kill)
+
+
+def no_network() -> None:
+    """Moves this process into a network namespace without interfaces (needs root), as `unshare -n`."""
+    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET) != 0:
+        raise OSError(ctypes.get_errno(), "unshare")
+
+
+def bug(message: str) -> None:
+    """An error that nobody expects, in the first step."""
+
+    def fail(batch: Any) -> None:
+        raise RuntimeError(message)
+
+    _after_micro_batch(fail)
 
 
 # ---- numbers and memory ------------------------------------------------------------------------
@@ -111,18 +183,15 @@ def poison_steps(value: str, *steps: int) -> None:
 
 
 def out_of_memory(*calls: int) -> None:
-    """These forward passes (from 1) fail as CUDA's allocator does."""
-    original = MicroStep.__call__
+    """These micro-batches (from 1) fail as CUDA's allocator does, after their gradients have been added."""
     made = [0]
 
-    def failing(self: MicroStep, batch: Any) -> Any:
+    def fail(batch: Any) -> None:
         made[0] += 1
-        loss = original(self, batch)  # gradients of the failed pass are there already: they must go
         if made[0] in calls:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-        return loss
 
-    setattr(MicroStep, "__call__", failing)  # noqa: B010
+    _after_micro_batch(fail)
 
 
 # ---- mutants: each breaks resuming in one way, and the bit-exact check must see it ----------------

@@ -45,10 +45,10 @@ class Run:
     def text(self) -> str:
         return self.output.read_text(errors="replace")
 
-    def wait_for(self, text: str, timeout: float = 30) -> None:
-        """Returns once it has printed `text`."""
+    def wait_for(self, text: str, times: int = 1, timeout: float = 60) -> None:
+        """Returns once it has printed `text` so many times."""
         end = time.monotonic() + timeout
-        while text not in self.text():
+        while self.text().count(text) < times:
             if time.monotonic() > end:
                 raise TimeoutError(f"no {text!r} after {timeout} s:\n{self.text()}")
             time.sleep(0.01)
