@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from rich.console import RenderableType
+from torch import Tensor
 from transformers import set_seed
 
 from qlora_trainer.checkpoint import disk, publish, resume
@@ -35,6 +36,7 @@ from qlora_trainer.model.lora import attach
 from qlora_trainer.model.source import resolve
 from qlora_trainer.optim import make_optimizer, schedule
 from qlora_trainer.plan import screen
+from qlora_trainer.plan.hardware import GIB
 from qlora_trainer.plan.plan import RunPlan, check
 from qlora_trainer.plan.settings import DataFacts
 from qlora_trainer.track import Tracker
@@ -45,6 +47,7 @@ from qlora_trainer.track.wandb import WandbTracker
 from qlora_trainer.train.distributed import Ranks
 from qlora_trainer.train.health import MemoryGuard
 from qlora_trainer.train.loop import LoopOptions, MicroStep, Progress, count_steps, train
+from qlora_trainer.train.rehearsal import rehearse, widest
 from qlora_trainer.train.signals import Status, StopSignals, follow_launcher
 from qlora_trainer.train.state import RunState
 
@@ -131,8 +134,8 @@ def _train(run: _Run) -> None:
         ]
 
     first, started = state.progress.step, time.monotonic()
-    _loop(run, state, forward, loader, total, batches)
-    run.say(_describe_training(state.progress, first, time.monotonic() - started))
+    _loop(run, state, forward, loader, total, batches, plan)
+    run.say(_describe_training(run, state.progress, first, time.monotonic() - started, plan))
     if not ranks.main:
         return
     measured = ""
@@ -243,6 +246,7 @@ def _loop(
     loader: Loader,
     total: int,
     held_out: list[Batch],
+    plan: RunPlan,
 ) -> None:
     config, ranks, signals = run.config, run.ranks, run.signals
     checkpoints = run.folder / resume.CHECKPOINTS
@@ -253,7 +257,12 @@ def _loop(
         micro_step = GraphedMicroStep(forward, trainable)
     else:
         micro_step = MicroStep(forward, ranks.device)
-    memory = MemoryGuard(ranks.device, release=state.optimizer.release_gpu_pages)
+    memory = MemoryGuard(
+        ranks.device,
+        release=state.optimizer.release_gpu_pages,
+        planned=plan.peak.total,
+        remedies=[change.overrides for change in plan.changes],
+    )
     if ranks.main:
         _require_space(run, state, total)
 
@@ -269,6 +278,10 @@ def _loop(
                 best = progress.best_step if config.checkpoint.keep_best else 0
                 publish.retain(checkpoints, config.checkpoint.save_total_limit, best or None)
 
+    def loss_of(batch: Batch) -> Tensor:
+        with evaluating(state.model):
+            return forward(batch.to(ranks.device))
+
     def evaluate() -> dict[str, float] | None:
         part = LossSum()
         with signals.phase("evaluating"), evaluating(state.model):
@@ -282,6 +295,16 @@ def _loop(
             return {"eval_loss": result.loss, "eval_perplexity": result.perplexity}
 
     try:
+        if ranks.device.type == "cuda" and state.progress.step < total:
+            with signals.phase("rehearsing", interruptible=True):
+                rehearse(
+                    micro_step,
+                    loader.heaviest(state.progress.epoch),
+                    loss_of,
+                    widest(held_out),
+                    state.optimizer,
+                    memory,
+                )
         with signals.phase("training"):
             train(
                 state.progress,
@@ -350,16 +373,25 @@ def describe_data(data: TokenizedData, held_out: list[TokenizedData]) -> str:
     return "\n".join(lines)
 
 
-def _describe_training(progress: Progress, first: int, seconds: float) -> str:
+def _describe_training(run: _Run, progress: Progress, first: int, seconds: float, plan: RunPlan) -> str:
+    """What was done, predicted beside measured; the measurement goes into plan.json too."""
     steps = progress.step - first
     if not steps:
         return f"trained  already at step {progress.step}; nothing left to do"
-    peak = ""
-    if torch.cuda.is_available():
-        peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB allocated"
-    return (
-        f"trained  {steps} steps in {seconds:.0f} s{peak}; {progress.supervised:,} supervised tokens in all"
-    )
+    lines = [f"trained  {steps} steps in {seconds:.0f} s; {progress.supervised:,} supervised tokens in all"]
+    measured: dict[str, float] = {"seconds_per_step": seconds / steps}
+    if run.ranks.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(run.ranks.device)
+        planned = max(phase.allocated for phase in plan.phases)
+        measured["peak_allocated"] = peak
+        off = peak / planned - 1
+        verdict = "" if abs(off) <= plan.margin else "[yellow] — the plan was wrong by more than it promises"
+        lines.append(
+            f"memory   {peak / GIB:.2f} GiB allocated, {planned / GIB:.2f} planned ({off:+.1%}){verdict}"
+        )
+    if run.ranks.main:
+        screen.write(plan, run.folder / "plan.json", measured)
+    return "\n".join(lines)
 
 
 def _what_next(folder: Path, base: str) -> str:

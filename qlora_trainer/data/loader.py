@@ -157,11 +157,17 @@ class Loader:
         extra = rng.random(len(whole)) < self.data.repeats - whole
         return rng.permutation(np.repeat(np.arange(len(whole)), whole + extra))
 
-    def _collate(self, units: Sequence[Order]) -> Batch:
-        """One row per unit. Without packing, rows are as long as the longest, rounded up to 8 tokens."""
+    def width(self, units: Sequence[Order]) -> int:
+        """Tokens per row of a micro-batch: `max_length` when packing, else the longest rounded up to 8."""
         longest = max(int(self.data.lengths[unit].sum()) for unit in units)
-        width = self.max_length if self.packing else min(self.max_length, -(-longest // 8) * 8)
-        return collate(self.data, units, width, self.pad_id)
+        return self.max_length if self.packing else min(self.max_length, -(-longest // 8) * 8)
+
+    def heaviest(self, epoch: int) -> Batch:
+        """The micro-batch of `epoch` with the most tokens, padding included: the one to rehearse with."""
+        return self._collate(max(self._micro_batches(epoch), key=lambda units: len(units) * self.width(units)))
+
+    def _collate(self, units: Sequence[Order]) -> Batch:
+        return collate(self.data, units, self.width(units), self.pad_id)
 
 
 def collate(data: TokenizedData, units: Sequence[Order], width: int, pad_id: int) -> Batch:

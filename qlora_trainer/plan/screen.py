@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -14,10 +15,11 @@ from qlora_trainer.plan.hardware import GIB
 from qlora_trainer.plan.plan import RunPlan
 
 
-def write(plan: RunPlan, path: Path) -> None:
-    """plan.json, replaced as a whole."""
+def write(plan: RunPlan, path: Path, measured: Mapping[str, float] | None = None) -> None:
+    """plan.json, replaced as a whole; after the run with what was `measured` beside what was planned."""
+    document = plan.to_dict() | ({"measured": dict(measured)} if measured else {})
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(plan.to_dict(), indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 
