@@ -97,7 +97,7 @@ BETAS = ("optim.adam_beta1", "optim.adam_beta2")
 def values(config: RunConfig, command: str = "train") -> list[str]:
     """Wrong values, values out of range, and keys that contradict each other."""
     flat = dict(_flatten(as_dict(config)))
-    return [*_choices(flat), *_ranges(flat), *_conflicts(config, command), *_packages(config)]
+    return [*_choices(flat), *_ranges(flat), *_conflicts(config, command), *_packages(config, command)]
 
 
 def missing(config: RunConfig, command: str) -> list[str]:
@@ -223,9 +223,13 @@ def _float16(config: RunConfig) -> Iterator[str]:
             )
 
 
-def _packages(config: RunConfig) -> Iterator[str]:
+def _packages(config: RunConfig, command: str) -> Iterator[str]:
     wanted = {
-        "wandb": ("track.report_to", "wandb" in config.track.report_to, "pip install 'qlora_trainer[wandb]'"),
+        "wandb": (
+            "track.report_to",
+            command == "train" and "wandb" in config.track.report_to,
+            "pip install 'qlora_trainer[wandb]'",
+        ),
         "flash_attn": (
             "model.attn_implementation",
             config.model.attn_implementation == "flash_attention_2",

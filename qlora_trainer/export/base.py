@@ -14,7 +14,7 @@ from functools import cached_property
 
 import bitsandbytes.functional as bnb
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from bitsandbytes.nn import Linear8bitLt
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -64,6 +64,21 @@ class Held:
         return bnb.dequantize_4bit(codes, state).float()
 
 
+def stored_method(config: PretrainedConfig) -> str | None:
+    """How a checkpoint says that it is quantized: bitsandbytes | gptq | awq | …; None for plain weights."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    method = stored.get("quant_method", "bitsandbytes")
+    return str(getattr(method, "value", method))
+
+
+def is_quantized(source: str, revision: str | None) -> bool:
+    """Whether the base is stored quantized, so that loading it must not quantize again."""
+    return stored_method(AutoConfig.from_pretrained(source, revision=revision)) is not None
+
+
 class Base:
     """The base model on disk.
 
@@ -85,14 +100,12 @@ class Base:
                 f"{source}: no .safetensors files; pickled weights are not read here, convert the model first"
             )
         self.config: PretrainedConfig = AutoConfig.from_pretrained(self.folder)
-        stored = getattr(self.config, "quantization_config", None)
-        if stored is not None:
-            stored = stored if isinstance(stored, dict) else stored.to_dict()
-            if stored.get("quant_method") != "bitsandbytes":
-                raise ConfigError(
-                    f"{source} is stored as {stored.get('quant_method')}: nothing can be merged into it; "
-                    "export.format=[adapter], or train on the 16-bit weights"
-                )
+        stored = stored_method(self.config)
+        if stored not in (None, "bitsandbytes"):
+            raise ConfigError(
+                f"{source} is stored as {stored}: nothing can be merged into it; "
+                "use export.format=[adapter], or train on the 16-bit weights"
+            )
         self.stored_quantized = stored is not None
         if self.stored_quantized and held is None:
             raise ConfigError(
@@ -112,22 +125,20 @@ class Base:
         return dict(self._skeleton().all_tied_weights_keys)
 
     @cached_property
-    def quantized(self) -> frozenset[str]:
-        """Parameters that training held quantized."""
-        if self.held is None or self.held.method == "none":
-            return frozenset()
-        options = (
-            BitsAndBytesConfig(load_in_8bit=True)
-            if self.held.method == "int8"
-            else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=self.held.method)
-        )
+    def linears(self) -> frozenset[str]:
+        """Weights that transformers would quantize with bitsandbytes: linear layers but the head's."""
+        options = BitsAndBytesConfig(load_in_8bit=True)
         model = self._skeleton()
         skip = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
         replace_with_bnb_linear(model, modules_to_not_convert=skip, quantization_config=options)
-        kinds = (Linear4bit, Linear8bitLt)
         return frozenset(
-            f"{name}.weight" for name, module in model.named_modules() if isinstance(module, kinds)
+            f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear8bitLt)
         )
+
+    @property
+    def quantized(self) -> frozenset[str]:
+        """Parameters that training held quantized."""
+        return frozenset() if self.held is None or self.held.method == "none" else self.linears
 
     def contents(self, reader: ShardReader) -> list[tuple[str, str]]:
         """(stored key, parameter) of a shard's tensors, without the constants of quantized ones.

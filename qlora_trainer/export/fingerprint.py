@@ -45,3 +45,12 @@ def model_folder(source: str, revision: str | None = None) -> Path:
     found = cached_file(source, "config.json", revision=revision)
     assert found is not None  # cached_file raises unless told otherwise
     return Path(found).parent
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file (`hashlib.file_digest` needs Python 3.11)."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

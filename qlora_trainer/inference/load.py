@@ -112,13 +112,16 @@ def load(
     options = replace(trained_base(adapter, base, device), attn_implementation=attn_implementation)
     model = load_base(options, pick_device(device))
     tuned = put_adapter(model, adapter)
-    own = adapter / "tokenizer_config.json"
-    tokenizer = (
-        AutoTokenizer.from_pretrained(adapter)
-        if own.is_file()
-        else load_tokenizer(options.name_or_path, options.revision)
-    )
+    tokenizer = load_adapter_tokenizer(adapter, options)
     return Loaded(tuned, tokenizer, adapter_stops(adapter, tokenizer, model))
+
+
+def load_adapter_tokenizer(adapter: Path, options: BaseOptions) -> PreTrainedTokenizerBase:
+    """The tokenizer stored with the adapter, or its base's where there is none."""
+    if (adapter / "tokenizer_config.json").is_file():
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(adapter)
+        return tokenizer
+    return load_tokenizer(options.name_or_path, options.revision)
 
 
 def put_adapter(model: PreTrainedModel, adapter: Path) -> peft.PeftModel:

@@ -32,23 +32,24 @@ def make(
     method: str = "nf4",
     lora: LoraOptions | None = None,
     dtype: torch.dtype = torch.float32,
+    scale: float = 0.15,
     **changes: object,
 ) -> Run:
-    """Saves a tiny base, loads it as `method`, and exports an adapter that moves it well away."""
+    """Saves a tiny base, loads it as `method`, and exports an adapter that `scale` moves away from it."""
     if architecture != "opt":
         # bitsandbytes 0.50 repacks for AVX512 in plain processes and needs whole blocks of 64 a row.
         changes = {"intermediate_size": 128} | changes
     base = tiny.save(tmp_path / "base", architecture, **changes)
     options = BaseOptions(str(base), method=method, dtype=dtype, compute_dtype=dtype)
     model = attach(load_base(options, CPU), lora or LoraOptions(r=4, lora_alpha=8), seed=1)
-    stir(model)
+    stir(model, scale)
     adapter = export_adapter(
         model, tiny.tokenizer(), tmp_path / "run" / "adapter", TrainedOn.with_options(options, CPU)
     )
     return Run(base, adapter, model.eval(), options, tiny.tokenizer())
 
 
-def stir(model: peft.PeftModel, scale: float = 0.15) -> None:
+def stir(model: peft.PeftModel, scale: float) -> None:
     """Gives every trainable parameter an update, for B starts at zero and would hide mistakes."""
     generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():

@@ -1,0 +1,121 @@
+"""A finished run, or any PEFT adapter, as the files others read; each is reloaded and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import cache
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from qlora_trainer.checkpoint.disk import lock
+from qlora_trainer.commands import wiring
+from qlora_trainer.commands.verify import adapter_folder, exports_folder, verify_exports
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.config.watch import as_dict
+from qlora_trainer.errors import ConfigError
+from qlora_trainer.export import calibration, hub
+from qlora_trainer.export.base import Held
+from qlora_trainer.export.formats import Exporter, ExportOptions, Source
+from qlora_trainer.inference.load import (
+    TRAINED_WITH,
+    adapter_stops,
+    load_adapter_tokenizer,
+    read_json,
+    trained_base,
+)
+from qlora_trainer.model.load import DTYPES, pick_device
+from qlora_trainer.model.source import resolve
+
+
+def run(config: RunConfig) -> None:
+    """Exports every format asked for, then verifies them all, then pushes those that passed.
+
+    Raises:
+        DivergedError: an export is over its bound; it stays where it is and its card says so.
+    """
+    wanted, console = config.export, Console(stderr=True)
+    device = pick_device(config.model.device)
+    source = source_of(config)
+    root = exports_folder(config)
+    if wanted.push_to_hub is not None:
+        hub.check(wanted.push_to_hub)
+    with ExitStack() as stack:
+        stack.enter_context(lock(root))  # also clears what an interrupted export left
+        bars = stack.enter_context(
+            Progress(TextColumn("{task.description:>8}"), BarColumn(), TimeElapsedColumn(), console=console)
+        )
+
+        def progress(kind: str) -> Callable[[int, int], None]:
+            task = bars.add_task(kind, total=None)
+            return lambda done, total: bars.update(task, completed=done, total=total)
+
+        options = ExportOptions(
+            merge_base=wanted.merge_base,
+            dtype=None if wanted.dtype == "auto" else DTYPES[wanted.dtype],
+            bits=wanted.bits,
+            group_size=wanted.group_size,
+            sym=wanted.sym,
+            desc_act=wanted.desc_act,
+            gguf_type=wanted.gguf_type,
+            overwrite=wanted.overwrite,
+        )
+        exporter = Exporter(source, options, root, device, _calibration(config, source), progress)
+        exporter.check(wanted.format)
+        folders = {kind: exporter.export(kind) for kind in wanted.format}
+    for kind, folder in folders.items():
+        console.print(f"{kind:>8}  {folder}", highlight=False)
+    if wanted.verify:
+        verify_exports(config, folders)
+    if wanted.push_to_hub is not None:
+        for kind, folder in folders.items():
+            name = wanted.push_to_hub if len(folders) == 1 else f"{wanted.push_to_hub}-{kind}"
+            url = hub.push(folder, name, private=wanted.hub_private)
+            console.print(f"{kind:>8}  {url}", highlight=False)
+
+
+def source_of(config: RunConfig) -> Source:
+    """The adapter with its base and how that was held: as recorded beside it, else as configured."""
+    adapter = adapter_folder(config)
+    foreign = config.export.adapter is not None
+    base = trained_base(adapter, config.model.model_name_or_path if foreign else None, config.model.device)
+    trained = adapter / TRAINED_WITH
+    tokenizer = load_adapter_tokenizer(adapter, base)
+    return Source(
+        adapter=adapter,
+        base=resolve(base.name_or_path, base.revision),
+        revision=base.revision,
+        held=Held(base.method, base.double_quant, base.dtype),
+        fingerprint=read_json(trained)["base_fingerprint"] if trained.is_file() else "",
+        tokenizer=tokenizer,
+        stop_ids=adapter_stops(adapter, tokenizer),
+        data=[] if foreign else _data_names(config),
+        settings={} if foreign else as_dict(config),
+    )
+
+
+def _data_names(config: RunConfig) -> list[str]:
+    paths = config.data.path if isinstance(config.data.path, list) else [config.data.path]
+    return [str(path["path"] if isinstance(path, dict) else path) for path in paths if path]
+
+
+def _calibration(config: RunConfig, source: Source) -> Callable[[], Sequence[Sequence[int]]]:
+    wanted = config.export
+
+    @cache
+    def sequences() -> Sequence[Sequence[int]]:
+        if wanted.calibration == "train":
+            if config.data.path is None:
+                raise ConfigError(
+                    "export.calibration=train: this adapter brings no training data; name some with "
+                    "data.path=FILE, or set export.calibration=c4, wikitext or a file"
+                )
+            data = wiring.load_data(config, source.tokenizer)
+        else:
+            data = calibration.load_text(
+                wanted.calibration, source.tokenizer, wanted.calibration_length, wanted.calibration_samples
+            )
+        return calibration.sequences(data, wanted.calibration_samples, wanted.calibration_length, config.seed)
+
+    return sequences

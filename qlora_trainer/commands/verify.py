@@ -1,0 +1,146 @@
+"""Measure exports against the model that was trained, without making them again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from qlora_trainer.checkpoint.disk import atomic_write
+from qlora_trainer.commands import wiring
+from qlora_trainer.commands.evaluate import run_folder
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.data import TokenizedData
+from qlora_trainer.errors import ConfigError, DivergedError
+from qlora_trainer.evaluate.held_out import HeldOut
+from qlora_trainer.evaluate.match import Question
+from qlora_trainer.export import calibration
+from qlora_trainer.export.base import is_quantized
+from qlora_trainer.export.verify import RESULT, Sample, Yardstick, as_dict, markdown, table, verify
+from qlora_trainer.inference.load import (
+    TRAINED_WITH,
+    adapter_stops,
+    find_adapter,
+    load_adapter_tokenizer,
+    read_json,
+    trained_base,
+)
+from qlora_trainer.inference.stop import pad_id
+from qlora_trainer.model.load import pick_device
+from qlora_trainer.model.source import resolve
+
+
+def run(config: RunConfig) -> None:
+    """Verifies without exporting again.
+
+    Raises:
+        ConfigError: nothing has been exported.
+        DivergedError: an export is over its bound.
+    """
+    root = exports_folder(config)
+    found = {path.parent.name: path.parent for path in sorted(root.glob("*/export.json"))}
+    if not found:
+        raise ConfigError(f"{root}: nothing has been exported; run `export` first")
+    verify_exports(config, found)
+
+
+def verify_exports(config: RunConfig, exports: Mapping[str, Path]) -> None:
+    """Prints the table, writes it beside the exports, and fails if one of them did.
+
+    Raises:
+        DivergedError: naming each export that failed and why.
+    """
+    wanted = config.export
+    adapter = adapter_folder(config)
+    named = config.model.model_name_or_path if wanted.adapter is not None else None
+    options = trained_base(adapter, named, config.model.device)
+    source = resolve(options.name_or_path, options.revision)
+    stored = adapter / TRAINED_WITH
+    trained: dict[str, Any] = (
+        read_json(stored) if stored.is_file() else {"method": "none", "revision": options.revision}
+    )
+    trained["stored_quantized"] = is_quantized(source, options.revision)
+    tokenizer = load_adapter_tokenizer(adapter, options)
+    stops = adapter_stops(adapter, tokenizer)
+    device = pick_device(config.model.device)
+    yardstick = Yardstick(
+        adapter=adapter,
+        base=source,
+        trained=trained,
+        stop_ids=stops,
+        dtype=str(options.dtype).removeprefix("torch."),
+        device=device.type,
+    )
+    sample = _sample(config, tokenizer, stops)
+    console = Console(stderr=True)
+    verdicts = verify(
+        yardstick,
+        exports,
+        sample,
+        max_kl=wanted.max_kl,
+        max_new_tokens=config.evaluate.max_new_tokens,
+        say=lambda name: console.print(f"measuring {name}", style="dim", highlight=False),
+    )
+    Console().print(table(verdicts, sample))
+    root = exports_folder(config)
+    summary = {"measured_on": sample.source, "models": [as_dict(verdict) for verdict in verdicts]}
+    atomic_write(root / RESULT, json.dumps(summary, indent=2).encode() + b"\n")
+    atomic_write(root / "verify.md", markdown(verdicts, sample).encode() + b"\n")
+    failed = [f"{verdict.name} {verdict.failures[0]}" for verdict in verdicts if not verdict.passed]
+    if failed:
+        raise DivergedError(
+            f"verify: {'; '.join(failed)} (see {root / RESULT}; choose more bits or another format, or "
+            "accept it with export.max_kl)"
+        )
+
+
+def adapter_folder(config: RunConfig) -> Path:
+    """The adapter in question: `export.adapter`, or the run's."""
+    return find_adapter(config.export.adapter or run_folder(config))
+
+
+def exports_folder(config: RunConfig) -> Path:
+    """Where exports lie: in the run's folder, or in `output_dir` for an adapter from elsewhere.
+
+    Raises:
+        ConfigError: an adapter from elsewhere and no `output_dir`.
+    """
+    if config.export.adapter is not None and not (config.run or config.output_dir):
+        raise ConfigError("export.adapter: say where the exports go with output_dir=FOLDER")
+    return run_folder(config) / "exports"
+
+
+def _sample(config: RunConfig, tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> Sample:
+    """Held-out rows; the training rows where nothing was held out; or the text that was named."""
+    wanted = config.export
+    pad = pad_id(tokenizer, stops)
+    questions: list[Question] = []
+    if wanted.verify_text is not None:
+        parts = [calibration.load_text(wanted.verify_text, tokenizer, config.train.max_length, 512)]
+    elif config.data.path is None:
+        raise ConfigError(
+            "verify: no rows to measure on; name some with export.verify_text=FILE or data.path=FILE"
+        )
+    else:
+        parts = wiring.load_held_out(config, tokenizer)
+        if not parts:
+            parts = [wiring.load_data(config, tokenizer)]
+        share = -(-wanted.verify_questions // len(parts))
+        for part in parts:
+            if share:
+                asked = HeldOut.of(part, tokenizer, pad, task="exact_match", max_rows=share).questions
+                questions += asked[: wanted.verify_questions - len(questions)]
+    rows = [row for part in parts for row in _rows(part, -(-wanted.verify_rows // len(parts)))]
+    names = ", ".join(Path(name).name for part in parts for name in part.sources)
+    return Sample(
+        rows[: wanted.verify_rows], questions, f"{min(len(rows), wanted.verify_rows)} rows of {names}"
+    )
+
+
+def _rows(data: TokenizedData, limit: int) -> list[tuple[list[int], list[bool]]]:
+    documents = (data.document(index) for index in range(min(limit, len(data))))
+    return [(document.ids.tolist(), (document.weights > 0).tolist()) for document in documents]

@@ -1,0 +1,181 @@
+"""A merged model as one GGUF file, for llama.cpp and what is built on it.
+
+In: a `Merge` and the tokenizer. Out: `model-<type>.gguf` with weights, vocabulary, merges, special tokens
+and the chat template inside. Types are those that the `gguf` package itself can quantize: F16, BF16,
+Q8_0, Q5_1, Q5_0, Q4_1, Q4_0; the K-quants it can only read. Embeddings and head stay at Q8_0 or more,
+norms at float32. Architectures and pre-tokenizers that are not in the two tables are refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from qlora_trainer.errors import ConfigError
+from qlora_trainer.export.merge import Merge, Progress
+
+ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "mistral": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+}
+TYPES = {
+    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+    "q5_1": (GGMLQuantizationType.Q5_1, LlamaFileType.MOSTLY_Q5_1),
+    "q5_0": (GGMLQuantizationType.Q5_0, LlamaFileType.MOSTLY_Q5_0),
+    "q4_1": (GGMLQuantizationType.Q4_1, LlamaFileType.MOSTLY_Q4_1),
+    "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
+}
+BLOCK = 32  # weights that share a scale, along a row
+# llama.cpp's name of a pre-tokenizer, by what its JSON contains; the first that fits.
+_PRE = (
+    ("llama-bpe", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}"),
+    ("qwen2", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}|"),
+    ("smollm", '"individual_digits": true'),
+    ("gpt-2", '"type": "ByteLevel"'),
+)
+
+
+def check(merge: Merge, tokenizer: PreTrainedTokenizerBase, kind: str) -> None:
+    """What GGUF cannot hold, or we cannot write, before anything is written.
+
+    Raises:
+        ConfigError: naming the architecture, rope scaling, tokenizer or layer.
+    """
+    config = merge.base.config
+    if kind not in TYPES:
+        raise ConfigError(f"export.gguf_type={kind}: expected one of {' '.join(TYPES)}")
+    if config.model_type not in ARCHITECTURES:
+        raise ConfigError(
+            f"export.format=gguf: {config.model_type} is not supported, only {' '.join(ARCHITECTURES)}"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") != "default":
+        raise ConfigError(f"export.format=gguf: rope scaling of type {rope['rope_type']} is not supported")
+    _vocabulary(tokenizer)
+    block = 1 if kind in ("f16", "bf16") else BLOCK
+    for piece in merge.pieces:
+        if len(piece.shape) == 2 and piece.shape[-1] % block:
+            raise ConfigError(
+                f"export.gguf_type={kind}: rows of {piece.name} have {piece.shape[-1]} weights, "
+                f"not a multiple of {block}; use f16"
+            )
+
+
+def write(
+    merge: Merge, tokenizer: PreTrainedTokenizerBase, path: Path, kind: str, progress: Progress | None = None
+) -> None:
+    """One file; weights are converted one at a time and spooled to disk by the writer."""
+    config = merge.base.config
+    architecture = ARCHITECTURES[config.model_type]
+    weight_type, file_type = TYPES[kind]
+    writer = GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture], use_temp_file=True)
+    _describe(writer, merge, file_type)
+    _add_vocabulary(writer, tokenizer, merge.vocab_size)
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    done = 0
+    for _, reader, pieces in merge.by_shard():
+        for piece in pieces:
+            stem, _, suffix = piece.parameter.rpartition(".")
+            name = names.get_name(stem)
+            if name is None:
+                raise ConfigError(f"export.format=gguf: {piece.parameter} has no place in GGUF")
+            value = _rotary_order(piece.parameter, merge.value(piece, reader).cpu(), config)
+            chosen = weight_type
+            if value.ndim == 1:
+                chosen = GGMLQuantizationType.F32
+            elif piece.parameter in merge.base.embeddings and kind not in ("f16", "bf16"):
+                chosen = GGMLQuantizationType.Q8_0
+            array = gguf.quants.quantize(value.numpy(), chosen)
+            writer.add_tensor(f"{name}.{suffix}", array, raw_dtype=chosen)
+            done += value.numel() * merge.dtype.itemsize
+            if progress is not None:
+                progress(done, merge.nbytes)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _describe(writer: GGUFWriter, merge: Merge, file_type: LlamaFileType) -> None:
+    config = merge.base.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_name(merge.base.folder.name)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(merge.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(float((config.rope_parameters or {}).get("rope_theta", 10000.0)))
+
+
+def _rotary_order(parameter: str, value: Tensor, config: Any) -> Tensor:
+    """llama.cpp rotates neighbouring pairs where transformers rotates halves: per head, rows are interleaved.
+
+    Qwen2's port of llama.cpp keeps transformers' order.
+    """
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    count = next((n for layer, n in heads.items() if f".{layer}." in parameter), None)
+    if count is None or ARCHITECTURES[config.model_type] != gguf.MODEL_ARCH.LLAMA:
+        return value
+    rest = value.shape[1:]
+    return value.view(count, 2, -1, *rest).transpose(1, 2).reshape(value.shape).contiguous()
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any], str]:
+    """The tokenizer's JSON and llama.cpp's name for how it splits text.
+
+    Raises:
+        ConfigError: not a byte-level BPE, or one whose splitting has no name there.
+    """
+    model = json.loads(tokenizer.backend_tokenizer.to_str())
+    if model["model"]["type"] != "BPE" or model["model"].get("byte_fallback"):
+        raise ConfigError(
+            "export.format=gguf: only byte-level BPE tokenizers are supported, this one is "
+            f"{model['model']['type']}{' with byte fallback' if model['model'].get('byte_fallback') else ''}"
+        )
+    text = json.dumps(model["pre_tokenizer"])
+    for name, sign in _PRE:
+        if sign in text:
+            return model, name
+    raise ConfigError("export.format=gguf: llama.cpp has no name for this tokenizer's pre-tokenizer")
+
+
+def _add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
+    model, pre = _vocabulary(tokenizer)
+    tokens = [f"[PAD{i}]" for i in range(size)]
+    types = [TokenType.UNUSED] * size
+    for token, i in model["model"]["vocab"].items():
+        tokens[i], types[i] = token, TokenType.NORMAL
+    for added in model["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    merges = model["model"]["merges"]
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
+    for kind in ("bos", "eos", "unk", "pad"):
+        token_id = getattr(tokenizer, f"{kind}_token_id")
+        if token_id is not None:
+            getattr(writer, f"add_{kind}_token_id")(token_id)
+    writer.add_add_bos_token(False)  # the chat template writes it where the model wants one
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)

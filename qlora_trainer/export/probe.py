@@ -1,0 +1,186 @@
+"""One model, measured in a process of its own: loaded from its files alone, by the loader of its kind.
+
+In: a request (JSON) naming the folder, the rows and where the trained model's logits are. Out: a result
+(JSON) with divergence, perplexity, answers and timings. `verify` runs it once for every model, the
+trained one first: that run writes the logits all others are compared with. Exports are loaded by plain
+transformers and PEFT; nothing of this package touches them.
+
+Run as `python -m qlora_trainer.export.probe request.json result.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A held-out row: token ids [T] and which of them the model is measured on predicting, bool [T]."""
+
+    ids: list[int]
+    measured: list[bool]
+
+    @property
+    def positions(self) -> list[int]:
+        """Where a measured token is predicted: the position before it."""
+        return [t - 1 for t in range(1, len(self.ids)) if self.measured[t]]
+
+
+def main(request_path: str, result_path: str) -> None:
+    """Measures what the request asks for and writes the result."""
+    request: dict[str, Any] = json.loads(Path(request_path).read_text(encoding="utf-8"))
+    import peft  # noqa: F401  # importing libraries is no part of loading a model
+    import transformers  # noqa: F401
+
+    started = time.perf_counter()
+    model, tokenizer = _load(request)
+    result: dict[str, Any] = {"load_seconds": time.perf_counter() - started}
+    rows = [Row(row["ids"], row["measured"]) for row in request["rows"]]
+    result |= _divergence(model, rows, Path(request["logits"]), writes=request["kind"] == "trained")
+    result["prompt_ids"] = _prompt_ids(tokenizer, request["conversation"])
+    result |= _answers(model, tokenizer, request)
+    Path(result_path).write_text(json.dumps(result), encoding="utf-8")
+
+
+def _load(request: dict[str, Any]) -> tuple[Any, Any]:
+    """The model by the loader of its kind, and the tokenizer that lies beside it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    kind, folder, device = request["kind"], request["folder"], request["device"]
+    if kind in ("trained", "base"):  # as the trainer held them: the yardstick, not an export
+        from qlora_trainer.inference.load import load
+
+        loaded = load(folder, base=request["base"], device=device)
+        model: Any = loaded.model
+        if kind == "base":
+            model = model.unload()
+        return model, loaded.tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    dtype = DTYPES[request["dtype"]]
+    if kind == "adapter":
+        from peft import PeftModel
+
+        model = AutoModelForCausalLM.from_pretrained(
+            request["base"], dtype=dtype, device_map={"": device}, **_base_arguments(request["trained"])
+        )
+        model = PeftModel.from_pretrained(model, folder)
+    elif kind == "gguf":
+        from transformers import GgufConfig
+
+        (file,) = Path(folder).glob("*.gguf")
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file.name, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
+        ).to(device)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device})
+    return model.eval(), tokenizer
+
+
+def _base_arguments(trained: dict[str, Any]) -> dict[str, Any]:
+    """How the adapter's card says the base is to be loaded."""
+    from transformers import BitsAndBytesConfig
+
+    if trained.get("revision"):
+        return {"revision": trained["revision"], **_base_arguments({**trained, "revision": None})}
+    if trained["method"] in ("nf4", "fp4") and not trained["stored_quantized"]:
+        return {
+            "quantization_config": BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=trained["method"],
+                bnb_4bit_use_double_quant=trained["double_quant"],
+                bnb_4bit_compute_dtype=DTYPES[trained["compute_dtype"]],
+            )
+        }
+    if trained["method"] == "int8" and not trained["stored_quantized"]:
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    return {}
+
+
+@torch.inference_mode()
+def _divergence(model: Any, rows: list[Row], logits: Path, writes: bool) -> dict[str, Any]:
+    """KL(trained ‖ this) in nats a token, top-1 agreement, perplexity and the largest logit difference.
+
+    One row's logits are in memory at a time, float32 [positions, vocabulary]; sums are float64.
+    """
+    nll = kl = 0.0
+    tokens = agree = 0
+    largest = 0.0
+    for number, row in enumerate(rows):
+        ids = torch.tensor([row.ids], device=model.device)
+        found: Tensor = model(input_ids=ids, use_cache=False).logits[0, row.positions].float().cpu()
+        log_p = found.log_softmax(-1)
+        targets = torch.tensor([row.ids[t + 1] for t in row.positions])
+        nll -= float(log_p.gather(1, targets[:, None]).double().sum())
+        tokens += len(targets)
+        path = logits / f"{number}.safetensors"
+        if writes:
+            save_file({"logits": found.contiguous()}, path)
+            continue
+        reference = load_file(path)["logits"]
+        width = min(reference.shape[1], found.shape[1])  # a padded vocabulary has rows nobody trained
+        log_q = reference[:, :width].log_softmax(-1)
+        log_p = found[:, :width].log_softmax(-1)
+        kl += float((log_q.exp() * (log_q - log_p)).double().sum())
+        agree += int((reference.argmax(-1) == found.argmax(-1)).sum())
+        largest = max(largest, float((reference[:, :width] - found[:, :width]).abs().max()))
+    measured: dict[str, Any] = {"tokens": tokens, "perplexity": math.exp(min(nll / tokens, 700.0))}
+    if not writes:
+        measured |= {"kl": kl / tokens, "top1": agree / tokens, "max_logit_difference": largest}
+    return measured
+
+
+def _prompt_ids(tokenizer: Any, conversation: list[dict[str, str]]) -> list[int] | None:
+    """Token ids of the conversation up to the answer; None without a template."""
+    if not tokenizer.chat_template:
+        return None
+    text = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _answers(model: Any, tokenizer: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """Greedy answers to the questions with the stop tokens of the folder, and how fast they came.
+
+    One prompt at a time: padding would add its own rounding to the comparison.
+    """
+    from transformers import GenerationConfig
+
+    folder = Path(request["folder"])
+    stops = request["stop_ids"]
+    if (folder / "generation_config.json").is_file():
+        stored = GenerationConfig.from_pretrained(folder).eos_token_id
+        stops = stored if isinstance(stored, list) else [stored]
+    texts, stopped, made, seconds = [], 0, 0, 0.0
+    for prompt in request["prompts"]:
+        ids = torch.tensor([prompt], device=model.device)
+        started = time.perf_counter()
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=request["max_new_tokens"],
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=stops,
+            pad_token_id=stops[0],
+        )[0, len(prompt) :].tolist()
+        seconds += time.perf_counter() - started
+        made += len(output)
+        stopped += output[-1] in stops
+        texts.append(tokenizer.decode(output, skip_special_tokens=True))
+    speed = made / seconds if seconds else None
+    return {"answers": texts, "stopped": stopped, "stop_ids": stops, "tokens_per_second": speed}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

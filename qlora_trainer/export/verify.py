@@ -1,0 +1,313 @@
+"""Is the export the model that was trained? Reloaded in a fresh process, measured, and held to a bound.
+
+In: an adapter and exports of it, held-out rows. Out: a `Verdict` for each export, `verify.json` beside its
+files, and one table with the trained model and the base alone above them: an export that lost the
+tuning stands next to the base.
+
+Divergence is KL(trained ‖ export) in nats a token over the tokens that carry a label. An export passes if
+
+    it is at most its bound (BOUNDS, or export.max_kl),
+    it is far nearer to the trained model than the base is (KEEPS): otherwise the tuning is lost,
+    it turns the same conversation into the same token ids,
+    and its answers end with a stop token as often as the trained model's do (less one in ten).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.table import Table
+
+from qlora_trainer.checkpoint.disk import atomic_write
+from qlora_trainer.errors import CheckpointError, ConfigError
+from qlora_trainer.evaluate.match import Question, match
+from qlora_trainer.export.card import markdown_table, with_measured
+from qlora_trainer.export.fingerprint import sha256
+
+RESULT = "verify.json"
+# Nats a token. Exact formats are held to rounding; the others to what 4 bits cost a small model that
+# was tuned on text of this kind (their purpose is size, and the table shows what it costs).
+BOUNDS = {
+    "adapter": 0.01,
+    "merged": 0.01,
+    "original": 1.0,  # merged onto other weights than were trained against: another model by intent
+    "int8": 0.05,
+    "gguf": 0.1,
+    "gptq": 0.3,
+    "awq": 0.3,
+    "rtn": 0.5,
+    "nf4": 0.5,
+}
+# The most an export may diverge, as a share of what the base alone does. An absolute bound lets a light
+# tuning get lost unseen: it was small to begin with.
+KEEPS = {"adapter": 0.1, "merged": 0.1}
+KEEPS_AT_LEAST = 0.5
+CONVERSATION = [
+    {"role": "user", "content": "  Two spaces, 1234 digits and äöü —  what is 12+34?"},
+    {"role": "assistant", "content": "46"},
+    {"role": "user", "content": "And in  Roman numerals?\n"},
+]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What every model is measured on.
+
+    Attributes:
+        rows: token ids and, for each, whether predicting it is measured.
+        questions: what is asked; empty for no task.
+        source: where the rows came from, for the report.
+    """
+
+    rows: Sequence[tuple[Sequence[int], Sequence[bool]]]
+    questions: Sequence[Question]
+    source: str
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """The model that was trained, and how to load it.
+
+    Attributes:
+        adapter: its folder.
+        base: hub name or folder.
+        trained: the contents of training.json (see `export.adapter.TrainedOn`).
+        stop_ids: that end its answers.
+        dtype: exports compute in: `float32` on a CPU, whose bfloat16 would cover what is measured.
+        device: cpu | cuda.
+    """
+
+    adapter: Path
+    base: str
+    trained: Mapping[str, Any]
+    stop_ids: Sequence[int]
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was measured of one model, and what is wrong with it."""
+
+    name: str
+    measured: Mapping[str, Any]
+    failures: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+
+def verify(
+    yardstick: Yardstick,
+    exports: Mapping[str, Path],
+    sample: Sample,
+    *,
+    max_kl: float | None = None,
+    max_new_tokens: int = 64,
+    say: Callable[[str], None] | None = None,
+) -> list[Verdict]:
+    """Verdicts of the trained model, the base alone and each export, in this order.
+
+    Args:
+        exports: name of the format -> folder. `verify.json` and the card there are rewritten.
+        max_kl: bound for all of them, instead of their own.
+        say: told what is being measured.
+
+    Raises:
+        ConfigError: nothing to measure on, or a folder without export.
+        CheckpointError: a model that cannot be loaded.
+    """
+    if not any(any(measured[1:]) for _, measured in sample.rows):
+        raise ConfigError(f"verify: {sample.source} has no row with a labelled token to measure on")
+    for name, folder in exports.items():
+        if not folder.is_dir():
+            raise ConfigError(f"verify: no {name} export at {folder}; make it with export.format=[{name}]")
+    with tempfile.TemporaryDirectory(prefix="qlora-verify-") as work:
+
+        def probe(name: str, kind: str, folder: Path) -> dict[str, Any]:
+            if say is not None:
+                say(name)
+            dtype = "bfloat16" if kind == "awq" and yardstick.device == "cpu" else yardstick.dtype
+            request = {
+                "kind": kind,
+                "folder": str(folder),
+                "base": yardstick.base,
+                "trained": dict(yardstick.trained),
+                "dtype": dtype,
+                "device": yardstick.device,
+                "rows": [{"ids": list(ids), "measured": list(measured)} for ids, measured in sample.rows],
+                "logits": work,
+                "conversation": CONVERSATION,
+                "prompts": [list(question.prompt_ids) for question in sample.questions],
+                "stop_ids": list(yardstick.stop_ids),
+                "max_new_tokens": max_new_tokens,
+            }
+            measured = _run_probe(name, request, Path(work))
+            answers = measured.pop("answers")
+            if sample.questions:
+                score = match(sample.questions, answers)
+                measured["exact_match"] = score.exact
+                if score.json_equal is not None:
+                    measured["json_match"] = score.json_equal
+            return measured
+
+        trained = probe("trained model", "trained", yardstick.adapter)
+        base = probe("base alone", "base", yardstick.adapter)
+        found: list[Verdict] = []
+        for name, folder in exports.items():
+            recipe = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+            measured = probe(name, str(recipe["format"]), folder)
+            measured |= {"bytes": size_on_disk(folder), "sha256": digests(folder)}
+            kind = _kind_of(recipe)
+            bound = BOUNDS[kind] if max_kl is None else max_kl
+            share = KEEPS.get(kind, KEEPS_AT_LEAST)
+            failures = judge(measured, trained, base, bound, share, len(sample.questions))
+            found.append(Verdict(name, measured | {"max_kl": bound}, failures))
+    trained_size = size_on_disk(yardstick.adapter)
+    first = [
+        Verdict("trained model", trained | {"kl": 0.0, "top1": 1.0, "adapter_bytes": trained_size}),
+        Verdict("base alone", base),
+    ]
+    for verdict in found:
+        _write(exports[verdict.name], [*first, verdict], sample)
+    return [*first, *found]
+
+
+def judge(
+    measured: Mapping[str, Any],
+    trained: Mapping[str, Any],
+    base: Mapping[str, Any],
+    bound: float,
+    share: float,
+    questions: int,
+) -> tuple[str, ...]:
+    """What is wrong with an export, each in a few words; empty if it passed.
+
+    Args:
+        share: of the base's divergence that is tolerated.
+        questions: how many were asked.
+    """
+    failures = []
+    kl = measured["kl"]
+    if not kl <= bound:  # NaN fails too
+        failures.append(f"diverges by {kl:.4f} nats a token, over the bound of {bound:g}")
+    if not kl < share * base["kl"]:
+        lost = f"by {kl:.4f}, the base alone by {base['kl']:.4f} nats a token"
+        failures.append(f"the tuning is lost: it diverges {lost}")
+    if measured["prompt_ids"] != trained["prompt_ids"]:
+        failures.append("turns a conversation into other token ids")
+    if measured["stopped"] < trained["stopped"] - 0.1 * questions:
+        failures.append(f"ends {measured['stopped']} of {questions} answers, trained {trained['stopped']}")
+    return tuple(failures)
+
+
+def table(verdicts: Sequence[Verdict], sample: Sample) -> Table:
+    """For the terminal."""
+    title = f"verified on {sample.source}"
+    shown = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE, pad_edge=False)
+    columns, rows = _cells(verdicts)
+    for column in columns:
+        shown.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
+    for verdict, row in zip(verdicts, rows, strict=True):
+        shown.add_row(*row, style=None if verdict.passed else "red")
+    return shown
+
+
+def markdown(verdicts: Sequence[Verdict], sample: Sample) -> str:
+    """For the card and the run's page."""
+    text = [f"Measured on {sample.source}, each model reloaded in a fresh process.", ""]
+    text.append(markdown_table(*_cells(verdicts)))
+    for verdict in verdicts:
+        text += [f"\n**{verdict.name} failed:** {failure}." for failure in verdict.failures]
+    return "\n".join(text)
+
+
+def as_dict(verdict: Verdict) -> dict[str, Any]:
+    """Plain values for JSON."""
+    return {"model": verdict.name, "passed": verdict.passed, "failures": list(verdict.failures)} | dict(
+        verdict.measured
+    )
+
+
+def size_on_disk(folder: Path) -> int:
+    """Bytes of all files of a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """File -> sha256 of all that a loader reads."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name not in (RESULT, "README.md"):
+            found[str(path.relative_to(folder))] = sha256(path)
+    return found
+
+
+def _kind_of(recipe: Mapping[str, Any]) -> str:
+    original = recipe.get("merge_base") == "original" and recipe["format"] != "adapter"
+    return "original" if original else str(recipe["format"])
+
+
+def _run_probe(name: str, request: dict[str, Any], work: Path) -> dict[str, Any]:
+    asked, answered, log = work / "request.json", work / "result.json", work / "log.txt"
+    asked.write_text(json.dumps(request), encoding="utf-8")
+    answered.unlink(missing_ok=True)
+    with log.open("wb") as output:
+        code = subprocess.call(
+            [sys.executable, "-m", "qlora_trainer.export.probe", str(asked), str(answered)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    if code or not answered.is_file():
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        raise CheckpointError(
+            f"{name} cannot be loaded and measured: {lines[-1][:300] if lines else f'exit {code}'} "
+            f"({request['folder']})"
+        )
+    result: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
+    return result
+
+
+def _write(folder: Path, verdicts: Sequence[Verdict], sample: Sample) -> None:
+    found = {"measured_on": sample.source, "models": [as_dict(verdict) for verdict in verdicts]}
+    atomic_write(folder / RESULT, json.dumps(found, indent=2).encode() + b"\n")
+    card = folder / "README.md"
+    if card.is_file():
+        text = with_measured(card.read_text(encoding="utf-8"), markdown(verdicts, sample))
+        atomic_write(card, text.encode())
+
+
+def _cells(verdicts: Sequence[Verdict]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows; columns that nobody has are left out."""
+    wanted: list[tuple[str, str, Callable[[Any], str]]] = [
+        ("KL", "kl", lambda v: f"{v:.4f}"),
+        ("bound", "max_kl", lambda v: f"{v:g}"),
+        ("top-1", "top1", lambda v: f"{v:.1%}"),
+        ("perplexity", "perplexity", lambda v: f"{v:.3f}"),
+        ("Δlogit", "max_logit_difference", lambda v: f"{v:.3f}"),
+        ("match", "exact_match", lambda v: f"{v:.0%}"),
+        ("MB", "bytes", lambda v: f"{v / 1e6:.1f}"),
+        ("load s", "load_seconds", lambda v: f"{v:.1f}"),
+        ("tok/s", "tokens_per_second", lambda v: f"{v:.1f}"),
+    ]
+    used = [
+        column
+        for column in wanted
+        if any(verdict.measured.get(column[1]) is not None for verdict in verdicts)
+    ]
+    rows = []
+    for verdict in verdicts:
+        values = [(form, verdict.measured.get(key)) for _, key, form in used]
+        judged = "max_kl" in verdict.measured
+        mark = ("✓" if verdict.passed else "✗ failed") if judged else ""
+        rows.append([verdict.name, *("" if v is None else form(v) for form, v in values), mark])
+    return ["model", *(name for name, _, _ in used), ""], rows
