@@ -1,0 +1,39 @@
+"""Show what the model will learn from: numbers, an example, and a page with every token of a batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from qlora_trainer.commands import wiring
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.data import load_tokenized, screen
+from qlora_trainer.data.page import write_page
+from qlora_trainer.data.survey import Survey, survey
+from qlora_trainer.model.load import load_tokenizer
+from qlora_trainer.train.distributed import Ranks
+
+
+def run(config: RunConfig) -> None:
+    """Tokenize (or read the cache), print the survey and write `inspect.html`; no weights are loaded."""
+    name = config.model.model_name_or_path
+    assert name is not None, "checked with the configuration"
+    tokenizer = load_tokenizer(name, config.model.revision)
+    ranks = Ranks(torch.device("cpu"))
+    options = wiring.data_options(config)
+    surveys: dict[str, Survey] = {}
+    for role in ("train", "eval") if options.has_eval else ("train",):
+        data = load_tokenized(
+            options, tokenizer, max_length=config.train.max_length, seed=config.seed, role=role
+        )
+        loader = wiring.train_loader(config, tokenizer, data, ranks)
+        surveys[role] = survey(data, loader, options, tokenizer, role=role, seed=config.seed)
+    if not ranks.main:
+        return
+    console = Console()
+    screen.show(surveys, console)
+    page = Path(config.output_dir or "outputs/inspect") / "inspect.html"
+    write_page(surveys, config.recipe or Path(name).name, page)
+    console.print(f"every token of the first batch: {page}", soft_wrap=True, highlight=False)
