@@ -1,0 +1,7 @@
+"""The configuration room: a recipe and a command line come in, one frozen and checked `RunConfig` goes out.
+
+schema.py     every key, its type and default     keys.py       what to say about any other name
+recipes.py    finding and reading recipes          load.py       composing them with Hydra
+checks.py     values, ranges, contradictions       preflight.py  what this machine lacks, before torch
+claim.py      a run's folder and its config.yaml   watch.py      which keys were read
+"""

@@ -29,7 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("auto", "bfloat16", "float32", "float16"),
     "model.attn_implementation": ("auto", "sdpa", "eager", "flash_attention_2"),
     "model.kernels": ("auto", "reference"),
-    "model.offload": ("none", "layers", "auto"),
+    "model.offload": ("none", "embeddings", "layers", "auto"),
     "model.device": ("auto", "cpu", "cuda"),
     "quantization.method": ("nf4", "fp4", "int8", "gptq", "awq", "none"),
     "quantization.bnb_4bit_compute_dtype": ("auto", "bfloat16", "float32", "float16"),

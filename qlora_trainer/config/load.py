@@ -17,7 +17,6 @@ from typing import Any
 
 from hydra import compose, initialize
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -64,8 +63,10 @@ def load(arguments: Sequence[str], command: str = "train") -> RunConfig:
         problems += checks.missing(config, command)
     if problems:
         raise_all(problems)
-    given = {key for recipe in chain for key in recipe.values} | {o.key_or_group for o in overrides}
-    return watch(config, {keys.owner(key) or key for key in given} - {"recipe"})
+    given = {o.key_or_group for o in overrides}
+    if run is None:  # a run's config.yaml holds every key there is
+        given.update(key for recipe in chain for key in recipe.values)
+    return watch(config, {keys.owner(key) or key for key in given})
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -171,7 +172,7 @@ def _recipe_problem(key: str, value: Any) -> str | None:
 
 
 def _override_problem(override: Override) -> str | None:
-    key, line = override.key_or_group.replace("/", "."), override.input_line or ""
+    key, line = override.key_or_group, override.input_line or ""
     if key.partition(".")[0] == "hydra":
         return f"{key}: Hydra's own settings are fixed here; drop it"
     if override.is_delete():
@@ -191,7 +192,6 @@ def _compose(bodies: Sequence[dict[str, Any]], lines: Sequence[str]) -> RunConfi
         store.store(f"layer_{index}", {"defaults": inherited, **body}, group="recipe", package="_global_")
     last = f"layer_{len(bodies) - 1}" if bodies else None
     store.store("run", {"defaults": ["schema", {"recipe": last}, "_self_"]})
-    GlobalHydra.instance().clear()
     try:
         with initialize(config_path=None, version_base="1.3"):
             # `++` sets a key whether or not it is there, as entries of a dictionary (`data.columns`) need;

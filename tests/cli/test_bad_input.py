@@ -44,6 +44,7 @@ NAMES = [
     case(f"{READY} train.max_step=3", 2, "train.max_step:", "did you mean train.max_steps?"),
     case(f"{READY} +optim.lrr=1", 2, "optim.lrr", "did you mean train.learning_rate?"),
     case(f"{READY} ++lora.rr=1", 2, "lora.rr", "did you mean lora.r?"),
+    case(f"{READY} lora/r=1", 2, "lora/r", "did you mean lora.r?"),
     case(f"{READY} learning_rate=1e-4", 2, "learning_rate", "did you mean train.learning_rate?"),
     case(f"{READY} lora=16", 2, "lora:", "is a section", "lora.r"),
     case(f"{READY} ~lora.r", 2, "lora.r", "cannot be removed"),

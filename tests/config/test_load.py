@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from qlora_trainer.config.load import expand_sweep, load, to_yaml
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.config.watch import set_keys
 from qlora_trainer.errors import ConfigError, MissingInputError
 
 NEEDED = ["model.model_name_or_path=m", "data.path=d"]
@@ -111,6 +112,7 @@ def test_to_yaml_is_a_recipe_that_gives_the_same_configuration(folder: Path) -> 
 def test_a_run_may_be_measured_with_other_settings(folder: Path) -> None:
     write(folder / "moved/config.yaml", to_yaml(load([*NEEDED, "output_dir=before"])))
     config = load(["run=moved", "evaluate.examples=9"], "evaluate")
+    assert set_keys(config) == {"evaluate.examples"}
     assert config.evaluate.examples == 9 and config.output_dir == "moved"
 
 
