@@ -3,7 +3,7 @@
 In: a split's name. Out: its rows, the same on every machine, as chat messages:
     system     Reply in JSON.
     user       Hi, a table for four this Friday at half past seven, please. Mary Novak
-    assistant  {"intent":"book","name":"Mary Novak","people":4,"date":"Friday","time":"19:30"}
+    assistant  {"intent":"book","name":"Mary Novak","people":4,"date":"Friday","time":"7:30 pm"}
 Numbers and clock times come in words and figures and leave normalised; what a message does not
 say is null. The base model cannot know the schema, so all that it gets right was tuned into it.
 
@@ -61,9 +61,9 @@ can you update the reservation for {name}? We'll be {people} after all.
 {name}, reservation {date}: {time} instead, please.""",
     "cancel": """please cancel the table for {name} {date}.
 this is {name}, we can't come {date} after all.
-I have to call off my booking {date} at {time}, {name}.
+I have to call off the dinner for {people} {date}, {name}.
 {name} here, sorry, we won't make it {date}.
-cancel {name}, {time} {date}, thanks.
+cancel {name}, {people} people {date} at {time}, thanks.
 we need to drop our reservation. Name is {name}.
 my name is {name} and I'd like to cancel for {date}.
 sorry, {name}'s party of {people} is not coming {date}.
@@ -103,13 +103,13 @@ def _message(random: Random, intent: str, phrasing: str, name: str) -> tuple[str
     """What is said and what is meant, every slot of `phrasing` filled."""
     people, day, hour = random.randint(2, 9), random.choice(DAYS), random.randint(5, 9)
     dates = {day: day, f"this {day}": day, "tonight": "today", "tomorrow": "tomorrow"}
-    full = {f"{hour} pm", f"{NUMBERS[hour]} o'clock", f"{hour + 12}:00"}
-    half = {f"{hour}:30 pm", f"half past {NUMBERS[hour]}", f"{hour + 12}:30"}
-    time = random.choice(sorted(full | half))
+    full = [f"{hour} pm", f"{NUMBERS[hour]} o'clock", f"{hour}:00"]
+    half = [f"{hour}:30 pm", f"half past {NUMBERS[hour]}", f"{hour}:30"]
+    time = random.choice(full + half)
     date = random.choice(list(dates))
     said = {"name": name, "people": random.choice([str(people), NUMBERS[people]]), "date": date, "time": time}
     meant = {"name": name, "people": people, "date": dates[date]}
-    meant["time"] = f"{hour + 12}:{'00' if time in full else '30'}"
+    meant["time"] = f"{hour}:{'00' if time in full else '30'} pm"
     answer = {"intent": intent} | {slot: meant[slot] if f"{{{slot}}}" in phrasing else None for slot in said}
     message = random.choice(["", "", "Hi, ", "Hello, ", "Good evening, "]) + phrasing.format(**said)
     return message[0].upper() + message[1:], json.dumps(answer, separators=(",", ":"))
