@@ -1,0 +1,159 @@
+"""Each format's folder: whole, loadable by plain libraries, and kept or refused when it is there already."""
+
+import json
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from qlora_trainer.errors import CheckpointError, ConfigError
+from qlora_trainer.export.formats import Exporter, ExportOptions
+from qlora_trainer.export.quantize import QuantizeOptions
+from tests import tiny
+from tests.export import runs
+from tests.export.test_verify import exporter, source
+
+IDS = torch.arange(6, 60)[None]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return runs.make(tmp_path_factory.mktemp("formats"))
+
+
+def kl(run, model):
+    with torch.no_grad():
+        trained, found = (m(IDS).logits.float().log_softmax(-1) for m in (run.model, model))
+    return float((trained.exp() * (trained - found)).sum(-1).mean())
+
+
+@pytest.mark.parametrize(("kind", "bound", "share"), [("int8", 1e-4, 0.6), ("nf4", 5e-3, 0.6)])
+def test_bitsandbytes_checkpoints_load_as_they_are(run, kind, bound, share):
+    exports = exporter(run)
+    folder = exports.export(kind)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for module in model.modules():
+        module.support_avx512bf16_for_cpu = False
+    linear = model.model.layers[0].mlp.down_proj
+    assert type(linear).__name__ == {"int8": "Linear8bitLt", "nf4": "Linear4bit"}[kind]
+    assert type(model.lm_head).__name__ == "Linear"
+    assert kl(run, model) < bound
+    merged = exports.export("merged")
+    sizes = [(path / "model.safetensors").stat().st_size for path in (folder, merged)]
+    assert sizes[0] < share * sizes[1]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_gguf_holds_the_same_model_the_vocabulary_and_the_template(tmp_path, architecture):
+    run = runs.make(tmp_path, architecture)
+    folder = exporter(run, gguf_type="f16").export("gguf")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file="model-f16.gguf",
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    ).eval()
+    assert kl(run, model) < 1e-4
+    fields = gguf.GGUFReader(folder / "model-f16.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == tiny.CHATML
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    vocabulary = run.tokenizer.get_vocab()
+    assert {token: i for i, token in enumerate(tokens) if not token.startswith("[PAD")} == vocabulary
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == run.tokenizer.eos_token_id
+
+
+def test_gguf_quantizes_layers_and_keeps_norms(run):
+    folder = exporter(run, gguf_type="q4_1").export("gguf")
+    tensors = {t.name: t for t in gguf.GGUFReader(folder / "model-q4_1.gguf").tensors}
+    assert tensors["blk.0.ffn_down.weight"].tensor_type == gguf.GGMLQuantizationType.Q4_1
+    assert tensors["token_embd.weight"].tensor_type == gguf.GGMLQuantizationType.Q8_0
+    assert tensors["blk.0.attn_norm.weight"].data.dtype == np.float32
+
+
+def test_what_gguf_cannot_hold_is_refused_before_writing(tmp_path):
+    run = runs.make(tmp_path, "opt")
+    with pytest.raises(ConfigError, match="opt is not supported"):
+        exporter(run).check(["gguf"])
+    narrow = runs.make(tmp_path / "narrow", hidden_size=48, num_attention_heads=4)
+    with pytest.raises(ConfigError, match=r"48 weights, not a multiple of 32"):
+        exporter(narrow).check(["gguf"])
+
+
+def test_every_folder_has_tokenizer_stops_licence_and_card(tmp_path):
+    run = runs.make(tmp_path)
+    (run.base / "LICENSE").write_text("free as in birds")
+    exports = exporter(run)
+    for kind in ("merged", "nf4", "gguf"):
+        folder = exports.export(kind)
+        assert AutoTokenizer.from_pretrained(folder).chat_template == tiny.CHATML
+        assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [5]
+        assert (folder / "LICENSE").read_text() == "free as in birds"
+        assert "Not measured yet." in (folder / "README.md").read_text()
+
+
+def test_a_finished_export_is_kept_and_another_one_refused(tmp_path):
+    run = runs.make(tmp_path)
+    folder = exporter(run).export("merged")
+    marked = folder / "model.safetensors"
+    before = marked.stat().st_mtime_ns
+    again = exporter(run)
+    again.check(["merged"])
+    assert again.export("merged") == folder and marked.stat().st_mtime_ns == before
+    other = exporter(run, merge_base="original")
+    with pytest.raises(ConfigError, match=r"exists .* export\.overwrite=true"):
+        other.check(["merged"])
+    replacing = exporter(run, merge_base="original", overwrite=True)
+    replacing.check(["merged"])
+    replacing.export("merged")
+    assert json.loads((folder / "export.json").read_text())["merge_base"] == "original"
+
+
+def test_an_interrupted_export_leaves_nothing_that_looks_finished(tmp_path):
+    run = runs.make(tmp_path)
+
+    def interrupt(kind):
+        def progress(done, total):
+            raise KeyboardInterrupt
+
+        return progress
+
+    root = run.adapter.parent / "exports"
+    stopped = Exporter(source(run), ExportOptions(), root, runs.CPU, list, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.export("merged")
+    assert list(root.iterdir()) == []
+    assert (exporter(run).export("merged") / "model.safetensors").is_file()
+
+
+def test_no_space_is_said_before_the_first_byte(tmp_path, monkeypatch):
+    run = runs.make(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: __import__("types").SimpleNamespace(free=1000))
+    with pytest.raises(CheckpointError, match=r"needs [\d,]+ bytes .* 1,000 free"):
+        exporter(run).check(["merged", "nf4"])
+    assert not (run.adapter.parent / "exports").exists()
+
+
+def test_a_base_that_changed_since_training_is_refused(tmp_path):
+    run = runs.make(tmp_path)
+    tiny.model(seed=9, intermediate_size=128).save_pretrained(run.base)
+    with pytest.raises(CheckpointError, match=r"fingerprint sha256:\w+…, but .* has sha256:\w+…"):
+        exporter(run).check(["merged"])
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (QuantizeOptions("awq", bits=3), "export.bits=3: awq is done with 4 bits"),
+        (QuantizeOptions("gptq", bits=5), "3, 4, 8 bits"),
+        (
+            QuantizeOptions("gptq", group_size=48),
+            r"group_size=48 does not divide .*down.* 128 .*32, 64 or -1",
+        ),
+    ],
+)
+def test_what_quantizers_cannot_do_is_refused_with_the_layer(options, word):
+    linears = {"layers.0.down.weight": (64, 128), "layers.0.up.weight": (128, 64)}
+    with pytest.raises(ConfigError, match=word):
+        options.check(linears)
