@@ -14,11 +14,11 @@ from qlora_trainer.plan.hardware import Hardware
 from qlora_trainer.plan.reference_path import ReferencePath
 from qlora_trainer.plan.settings import Settings
 from qlora_trainer.plan.shapes import ModelShape
-from qlora_trainer.plan.speed import reach, repeated_work
+from qlora_trainer.plan.speed import micro_batch_seconds, optimizer_seconds, repeated_work
 
 USABLE = 0.97  # of the device: the rest goes to fragmentation
 COMFORTABLE = 0.92  # of the device: with the margin by which the plan may be wrong left free
-UNKNOWN_FLOPS, UNKNOWN_BUS = 100e12, 25e9  # only their ratio matters here
+UNKNOWN_FLOPS, UNKNOWN_BUS = 100e12, 25e9  # of a card that is not known, to weigh one against the other
 
 
 @dataclass(frozen=True)
@@ -50,99 +50,110 @@ def budget(hardware: Hardware) -> int:
 
 
 def settle(shape: ModelShape, settings: Settings, hardware: Hardware) -> Settings:
-    """`offload=auto` becomes `layers` where nothing else fits, on the path that can stream them."""
+    """`offload=auto` becomes the first of none, embeddings, layers that fits, on the path that has them."""
     if settings.offload != "auto":
         return settings
-    stay = replace(settings, offload="none")
-    if not settings.fast or settings.method not in ("nf4", "fp4"):
-        return stay
-    choice = choose(shape, stay, hardware)
-    phases = memory.phases(shape, stay, choice.policies, choice.state, choice.dequantized)
-    fits = max(phase.total for phase in phases) <= budget(hardware)
-    return stay if fits else replace(settings, offload="layers")
+    ways = ["none"]
+    if settings.fast:
+        ways += ["embeddings"] if shape.head else []
+        ways += ["layers"] if settings.method in ("nf4", "fp4") else []
+    for way in ways:
+        tried = replace(settings, offload=way)
+        choice = choose(shape, tried, hardware)
+        phases = memory.phases(shape, tried, choice.policies, choice.state, choice.dequantized)
+        if max(phase.total for phase in phases) <= budget(hardware):
+            return tried
+    return tried
 
 
 def choose(shape: ModelShape, settings: Settings, hardware: Hardware) -> Choice:
     """The fastest choice that fits comfortably; if none does, the smallest."""
     assert settings.offload != "auto", "settle comes first"
-    base = memory.fixed(shape, settings)
+    base, path = memory.fixed(shape, settings), memory.path_of(shape, settings)
     room = int(hardware.memory * COMFORTABLE)
+    mixes = _mixes(path, shape, settings)
 
     def peak(choice: Choice) -> int:
-        return memory.step_phase(
-            shape, settings, base, choice.policies, choice.state, choice.dequantized
-        ).total
+        return memory.step_phase(path, settings, base, choice.policies, choice.state).total
 
-    choices = _ladder(shape, settings, hardware)
-    for choice in choices:
-        if (need := peak(choice)) <= room:
-            return replace(choice, dequantized=_dequantized(shape, settings, choice, room - need))
-    return min(choices, key=peak)
+    def seconds(choice: Choice) -> float:
+        known = hardware if hardware.flops else replace(hardware, flops=UNKNOWN_FLOPS, bus=UNKNOWN_BUS)
+        micro = micro_batch_seconds(shape, settings, known, choice.policies)
+        update = optimizer_seconds(shape, settings, known, choice.host_state)
+        assert micro is not None and update is not None
+        return micro * settings.accumulation + update
 
-
-def _dequantized(shape: ModelShape, settings: Settings, choice: Choice, room: int) -> int:
-    """Room that is left when nothing is recomputed saves the dequantization of as many weights."""
-    path = memory.path_of(shape, settings)
-    if not isinstance(path, FastPath) or set(choice.policies) != {"none"} or settings.method == "none":
-        return 0
-    if settings.offload == "layers":
-        return 0
-    return min(room, path.dequantized())
-
-
-def _ladder(shape: ModelShape, settings: Settings, hardware: Hardware) -> list[Choice]:
-    """All choices worth trying, from fastest to smallest."""
-    state = memory.state_bytes(memory.adapter_parameters(shape, settings), settings.state_bits)
-    moves = _policy_moves(shape, settings, hardware)
-    if settings.paged and settings.optimizer_resident is None:
-        seconds = state / (hardware.bus or UNKNOWN_BUS) / settings.accumulation
-        freed = state - memory.slot_bytes(settings)
-        if freed > 0:
-            moves.append((seconds / freed, "pages"))
-    fixed_resident = state if settings.optimizer_resident is None else min(state, settings.optimizer_resident)
-    resident = fixed_resident if settings.paged else state
-    if settings.activations != "auto":
-        policies = [_feasible(settings.activations, memory.path_of(shape, settings))] * shape.layers
-    else:
-        policies = ["none"] * shape.layers
-    ladder = [_choice(policies, resident, state, settings)]
-    for _, move in sorted(moves):
-        if move == "pages":
-            resident = 0
-            ladder.append(_choice(policies, resident, state, settings))
-        elif not settings.fast:  # transformers switches recomputation for the whole model
-            policies = [move] * shape.layers
-            ladder.append(_choice(policies, resident, state, settings))
-        else:
-            for layer in range(shape.layers):
-                policies[layer] = move
-                ladder.append(_choice(policies, resident, state, settings))
-    return ladder
+    fitting = []
+    for resident in _residencies(shape, settings):
+        choices = [_choice(mix, resident, shape, settings) for mix in mixes]
+        found = next((choice for choice in choices if peak(choice) <= room), None)
+        if found is not None:
+            fitting.append(_fill(found, room - peak(found), path, shape, settings))
+    if fitting:
+        return min(fitting, key=seconds)
+    smallest = [_choice(mix, min(_residencies(shape, settings)), shape, settings) for mix in mixes]
+    return min(smallest, key=peak)
 
 
-def _choice(policies: list[str], resident: int, state: int, settings: Settings) -> Choice:
+def _fill(
+    choice: Choice, room: int, path: FastPath | ReferencePath, shape: ModelShape, settings: Settings
+) -> Choice:
+    """Use what is left: pages stay on the device; then dequantized weights, if nothing is recomputed."""
+    if settings.paged and settings.optimizer_resident is None and choice.host_state:
+        kept = min(room, choice.host_state)
+        return replace(choice, resident_state=kept, host_state=choice.host_state - kept)
+    nothing_recomputed = set(choice.policies) == {"none"}
+    if isinstance(path, FastPath) and nothing_recomputed and settings.offload != "layers":
+        return replace(choice, dequantized=min(room, path.dequantized()) if settings.method != "none" else 0)
+    return choice
+
+
+def _residencies(shape: ModelShape, settings: Settings) -> list[int]:
+    """Optimizer bytes on the device that are worth trying: all, or none where pages may leave."""
+    state = _state(shape, settings)
+    if not settings.paged:
+        return [state]
+    if settings.optimizer_resident is not None:
+        return [min(state, settings.optimizer_resident)]
+    return [state, 0]
+
+
+def _state(shape: ModelShape, settings: Settings) -> int:
+    return memory.state_bytes(memory.adapter_parameters(shape, settings), settings.state_bits)
+
+
+def _choice(policies: tuple[str, ...], resident: int, shape: ModelShape, settings: Settings) -> Choice:
+    state = _state(shape, settings)
     slots = memory.slot_bytes(settings) if resident < state else 0
-    return Choice(tuple(policies), resident, state - resident, slots)
+    return Choice(policies, resident, state - resident, slots)
 
 
-def _policy_moves(shape: ModelShape, settings: Settings, hardware: Hardware) -> list[tuple[float, str]]:
-    """Steps from `none` to smaller policies, each with its seconds for each byte that it frees."""
+def _mixes(path: FastPath | ReferencePath, shape: ModelShape, settings: Settings) -> list[tuple[str, ...]]:
+    """Policies of all layers, from the fastest mix to the smallest; lower layers recompute first."""
     if settings.activations != "auto":
-        return []
-    path = memory.path_of(shape, settings)
-    flops = (hardware.flops or UNKNOWN_FLOPS) * reach(settings).flops
+        return [
+            (settings.activations if settings.activations in path.policies else path.policies[-1],)
+            * shape.layers
+        ]
+    policies = ["none"] * shape.layers
+    mixes = [tuple(policies)]
+    for policy in _steps(path, shape, settings):
+        if not settings.fast:  # transformers recomputes in all layers or in none
+            mixes.append((policy,) * shape.layers)
+            continue
+        for layer in range(shape.layers):
+            policies[layer] = policy
+            mixes.append(tuple(policies))
+    return mixes
 
-    def step(before: str, after: str) -> tuple[float, str]:
-        extra = [repeated_work(shape, settings, path.repeats(policy)) for policy in (after, before)]
-        freed = path.kept(before) - path.kept(after)
-        return settings.tokens * (extra[0] - extra[1]) / flops / freed, after
 
-    straight = step("none", "full")
-    if "mlp" not in path.policies or step("none", "mlp") > straight:
-        return [straight]  # what lies above the line from one end to the other is never worth it
-    return [step("none", "mlp"), step("mlp", "full")]
+def _steps(path: FastPath | ReferencePath, shape: ModelShape, settings: Settings) -> list[str]:
+    """Policies in the order in which layers should take them, by the work for each byte freed."""
 
+    def price(before: str, after: str) -> float:
+        work = [repeated_work(shape, settings, path.repeats(policy)) for policy in (after, before)]
+        return (work[0] - work[1]) / (path.kept(before) - path.kept(after))
 
-def _feasible(policy: str, path: FastPath | ReferencePath) -> str:
-    """What a path lacks becomes its smallest policy."""
-    return policy if policy in path.policies else path.policies[-1]
+    if "mlp" not in path.policies or price("none", "mlp") > price("none", "full"):
+        return ["full"]  # what lies above the line from one end to the other is never worth it
+    return ["mlp", "full"]

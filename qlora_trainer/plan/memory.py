@@ -98,10 +98,11 @@ def fixed(shape: ModelShape, settings: Settings) -> Fixed:
     base_weights = int(sum(x.numel for x in shape.linears) * each)
     if settings.offload == "layers":  # two slots instead of all layers
         base_weights -= layer_codes(shape, settings) * (shape.layers - 2) // shape.layers
+    embedding = 0 if settings.offload in ("embeddings", "layers") and shape.head else shape.embedding
     return Fixed(
         base_weights=base_weights,
         quantization_constants=sum(constants_bytes(x, settings) for x in shape.linears),
-        embeddings_and_head=settings.dtype_bytes * (shape.embedding + shape.head + shape.other),
+        embeddings_and_head=settings.dtype_bytes * (embedding + shape.head + shape.other),
         adapter=settings.adapter_bytes * trained,
         gradients=4 * trained,
     )
@@ -124,7 +125,7 @@ def path_of(shape: ModelShape, settings: Settings) -> FastPath | ReferencePath:
 
 
 def step_phase(
-    shape: ModelShape,
+    path: FastPath | ReferencePath,
     settings: Settings,
     base: Fixed,
     policies: Sequence[str],
@@ -136,10 +137,10 @@ def step_phase(
     That moment is the head's, when every layer's tensors are kept, or the backward pass of some layer,
     when those of the layers above are gone.
     """
-    path = path_of(shape, settings)
-    kept = list(accumulate(path.kept(policy) for policy in policies))
+    each = {policy: (path.kept(policy), path.work(policy)) for policy in set(policies)}
+    kept = list(accumulate(each[policy][0] for policy in policies))
     head = path.head(backward=True)
-    layer = max(below + path.work(policy) for policy, below in zip(policies, kept, strict=True))
+    layer = max(below + each[policy][1] for policy, below in zip(policies, kept, strict=True))
     peak = max(kept[-1] + head, layer)
     activations = kept[-1] if peak > layer else peak
     parts = _parts(base, settings, state, dequantized)
@@ -149,10 +150,9 @@ def step_phase(
 
 
 def evaluation_phase(
-    shape: ModelShape, settings: Settings, base: Fixed, state: int, dequantized: int = 0
+    path: FastPath | ReferencePath, settings: Settings, base: Fixed, state: int, dequantized: int = 0
 ) -> Phase:
     """A forward pass that saves nothing: one layer at work, or the head."""
-    path = path_of(shape, settings)
     layer, head = path.evaluation(), path.head(backward=False)
     parts = _parts(base, settings, state, dequantized)
     return Phase("evaluation", parts | {
@@ -165,11 +165,11 @@ def phases(
     shape: ModelShape, settings: Settings, policies: Sequence[str], state: int, dequantized: int = 0
 ) -> tuple[Phase, ...]:
     """All phases of a run, in order; `state` is what the optimizer has on the device."""
-    base = fixed(shape, settings)
+    base, path = fixed(shape, settings), path_of(shape, settings)
     found = [load_phase(shape, settings, base)]
-    found.append(step_phase(shape, settings, base, policies, state, dequantized))
+    found.append(step_phase(path, settings, base, policies, state, dequantized))
     if settings.evaluates:
-        found.append(evaluation_phase(shape, settings, base, state, dequantized))
+        found.append(evaluation_phase(path, settings, base, state, dequantized))
     found.append(save_phase(settings, base, state, dequantized))
     if settings.merges:
         found.append(merge_phase(shape, settings, base))

@@ -36,7 +36,7 @@ class RunPlan:
         policies: activation policy of every layer, from the first.
         optimizer_resident: optimizer bytes that stay on the device, to hand to the optimizer.
         dequantized: base weights kept in 16 bits because there is room, to hand to the fast path.
-        offload: none, or layers: 4-bit layers live on the host.
+        offload: none; embeddings: their table lives on the host; layers: 4-bit layers too.
         host, disk: RAM and disk, by part.
         tokens_per_step: of all ranks, padding included, on average.
         changes: if it does not fit, the three cheapest ways out.
@@ -192,13 +192,19 @@ def _host(shape: ModelShape, settings: Settings, choice: Choice, data: DataFacts
     return {
         "process": PROCESS if settings.device == "cuda" else PROCESS // 4,
         "loading": 2 * max(largest, shape.embedding) * settings.dtype_bytes,
-        "offloaded weights": memory.layer_codes(shape, settings) if settings.offload == "layers" else 0,
+        "offloaded weights": _offloaded(shape, settings),
         "optimizer pages": choice.host_state,
         "offloaded activations": sum(path.on_host(policy) for policy in choice.policies),
         "checkpoint in flight": memory.state_bytes(trained, settings.state_bits)
         + settings.adapter_bytes * trained,
         "data": 16 * data.tokens if data else 0,
     }
+
+
+def _offloaded(shape: ModelShape, settings: Settings) -> int:
+    codes = memory.layer_codes(shape, settings) if settings.offload == "layers" else 0
+    table = settings.dtype_bytes * shape.embedding if settings.offload != "none" and shape.head else 0
+    return codes + table
 
 
 def _disk(shape: ModelShape, settings: Settings) -> dict[str, int]:

@@ -47,8 +47,9 @@ def _facts(plan: RunPlan) -> Table:
     table.add_row("adapter", f"{count(plan.trainable)} trainable parameters ({share:.2%})")
     table.add_row("device", f"{plan.hardware.name}, {gib(plan.hardware.memory)} GiB")
     table.add_row("activations", plan.policy_summary())
-    if plan.offload == "layers":
-        table.add_row("offload", "4-bit layers live in host memory and stream through the device")
+    if plan.offload != "none":
+        also = ", 4-bit layers too and stream through the device" if plan.offload == "layers" else ""
+        table.add_row("offload", f"embeddings live in host memory{also}")
     ranks = f" x {plan.world_size} processes" if plan.world_size > 1 else ""
     table.add_row(
         "step",

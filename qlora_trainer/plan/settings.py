@@ -40,7 +40,8 @@ class Settings:
         supervised: share of its tokens that have a label (1 if not known).
         mean_length: tokens a row on average, padding included, for the time.
         activations: auto, or the policy of every layer.
-        offload: auto, none, or layers: 4-bit layers live on the host and stream (`model/offload.py`).
+        offload: auto or none; embeddings: an untied table lives on the host; layers: 4-bit layers too,
+            and stream (`model/offload.py`).
         optimizer_resident: bytes of paged state that may stay on the device; None: the plan chooses.
     """
 

@@ -69,7 +69,7 @@ def test_parts_add_up_and_depend_on_what_they_should() -> None:
     def step(policy: str = "none", **changes: object) -> memory.Phase:
         wanted = settings(**changes)
         base = memory.fixed(shape, wanted)
-        return memory.step_phase(shape, wanted, base, [policy] * 32, 0)
+        return memory.step_phase(memory.path_of(shape, wanted), wanted, base, [policy] * 32, 0)
 
     whole = step()
     assert whole.total == sum(whole.parts.values()) == whole.allocated + whole.parts["context"]

@@ -116,14 +116,15 @@ def test_reference_path_knows_two_policies() -> None:
     assert plan("24GiB", *reference).path == "reference"
 
 
-def test_layers_stream_only_where_nothing_else_fits() -> None:
+def test_weights_move_to_the_host_only_where_nothing_else_fits() -> None:
     automatic = ("model.offload", "auto")
-    roomy, tight = plan("8GiB", automatic), plan("5GiB", automatic)
-    assert (roomy.offload, tight.offload) == ("none", "layers")
-    assert tight.fits and tight.host["offloaded weights"] > 3 * (1 << 30)
+    found = {gpu: plan(gpu, automatic) for gpu in ("9GiB", "7.2GiB", "5GiB")}
+    assert [made.offload for made in found.values()] == ["none", "embeddings", "layers"]
+    assert all(made.fits for made in found.values())
+    assert found["5GiB"].host["offloaded weights"] > 3 * (1 << 30)
     refused = plan("5GiB")
     assert not refused.fits and refused.changes[0].overrides == "model.offload=layers"
-    assert refused.changes[0].peak == tight.peak.total
+    assert refused.changes[0].peak == found["5GiB"].peak.total
     assert plan("5GiB", automatic, ("model.kernels", "reference")).offload == "none"
 
 
@@ -135,7 +136,8 @@ def test_pages_leave_when_the_card_is_full() -> None:
     )
     roomy, tight = plan("H100", *sizes), plan("12GiB", *sizes)
     assert roomy.host["optimizer pages"] == 0
-    assert tight.host["optimizer pages"] == 12 * tight.trainable and tight.optimizer_resident == 0
+    assert 0 < tight.host["optimizer pages"] <= 12 * tight.trainable
+    assert tight.host["optimizer pages"] + tight.optimizer_resident == 12 * tight.trainable
     fixed = plan("12GiB", *sizes, ("optim.name", "adamw"))
     assert fixed.host["optimizer pages"] == 0
     half = plan("12GiB", *sizes, ("optim.resident_gib", 1.0))
