@@ -13,6 +13,7 @@ from qlora_trainer.errors import ConfigError
 from qlora_trainer.track.console import console
 
 INIT_SECONDS = 20
+CLOSE_SECONDS = 7  # a run that is done, or has to stop, waits no longer for the last records to leave
 
 
 class WandbTracker:
@@ -47,7 +48,7 @@ class WandbTracker:
 
     def close(self) -> None:
         self._records.put(None)
-        self._thread.join(timeout=INIT_SECONDS + 10)
+        self._thread.join(timeout=CLOSE_SECONDS)
         if self._thread.is_alive():
             console.print("[yellow]wandb did not finish in time; metrics.jsonl has every step")
 

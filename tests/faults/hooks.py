@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -192,6 +194,27 @@ def out_of_memory(*calls: int) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     _after_micro_batch(fail)
+
+
+def free_space(size: int, after: int) -> None:
+    """Every disk says that it has so many bytes left, from the so-manieth time on that it is asked."""
+    original, asked = shutil.disk_usage, [0]
+
+    def usage(path: Any) -> Any:
+        asked[0] += 1
+        return original(path)._replace(free=size) if asked[0] > after else original(path)
+
+    setattr(shutil, "disk_usage", usage)  # noqa: B010
+
+
+def file_size_limit_at_step(step: int, size: int) -> None:
+    """From a step on no file can grow over `size` bytes, as on a disk that has become full."""
+
+    def limit(self: JsonlTracker, result: None, record: dict[str, Any]) -> None:
+        if record["step"] == step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    _after(JsonlTracker, "log", limit)
 
 
 # ---- mutants: each breaks resuming in one way, and the bit-exact check must see it ----------------
