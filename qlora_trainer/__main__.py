@@ -41,7 +41,7 @@ options:
   -v, --verbose    show tracebacks (also QLORA_TRACEBACK=1)
   --version        print the version
 several GPUs:
-  accelerate launch --num_processes N -m qlora_trainer recipe=NAME …"""
+  accelerate launch --multi_gpu --num_processes N -m qlora_trainer recipe=NAME …"""
 
 
 @dataclass
