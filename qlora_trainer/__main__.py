@@ -177,7 +177,7 @@ def _sweep(line: Line) -> int:
             "-m: a sweep cannot run inside a multi-process launch; launch each run of it by itself"
         )
     jobs = expand_sweep(line.keys, line.command)
-    worst = 0
+    failed = 0  # the code of the first run that failed
     for number, job in enumerate(jobs, start=1):
         print(f"[{number}/{len(jobs)}] {line.command} {' '.join(job)}", flush=True)
         flags = ["-v"] if line.verbose else []
@@ -186,8 +186,8 @@ def _sweep(line: Line) -> int:
             code = 128 - code
         if code in (75, INTERRUPTED):  # stopped from outside: the same line goes on from here
             return code
-        worst = worst or code
-    return worst
+        failed = failed or code
+    return failed
 
 
 def _usage() -> str:
