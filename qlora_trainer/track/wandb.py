@@ -26,9 +26,11 @@ class WandbTracker:
     def __init__(self, project: str, folder: Path, config: dict[str, Any], run_id: str) -> None:
         try:
             import wandb
+            from wandb.sdk.mailbox import HandleAbandonedError
         except ImportError as error:
             raise ConfigError("track.report_to=[wandb] needs `pip install wandb`") from error
         self._wandb = wandb
+        self._gone = (wandb.Error, HandleAbandonedError, OSError, TimeoutError)
         self._records: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._options = {
             "project": project,
@@ -40,6 +42,7 @@ class WandbTracker:
                 init_timeout=INIT_SECONDS, silent=True, disable_git=True, save_code=False
             ),
         }
+        self._closed = False
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
 
@@ -49,6 +52,7 @@ class WandbTracker:
     def close(self) -> None:
         self._records.put(None)
         self._thread.join(timeout=CLOSE_SECONDS)
+        self._closed = True
         if self._thread.is_alive():
             console.print("[yellow]wandb did not finish in time; metrics.jsonl has every step")
 
@@ -59,6 +63,8 @@ class WandbTracker:
                 record = dict(record)
                 run.log(record, step=record.pop("step"))
             run.finish()
-        except (self._wandb.Error, OSError, TimeoutError) as error:
+        except self._gone as error:
+            if self._closed:
+                return  # it has been said that W&B did not finish
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             console.print(f"[yellow]wandb stopped ({reason}); training goes on, metrics.jsonl has every step")
