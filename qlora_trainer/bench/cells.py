@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,12 +27,11 @@ class Cell:
     mean_length: int | None = None
     activations: str | Sequence[str] = "none"
     base_gemm: str = "bf16"
-    resident_bytes: int = 0
+    resident_bytes: int | None = None
     embeddings: str = "device"
     mlp_rows: int = 4096
     logits_bytes: int = 512 << 20
     graph: bool = True
-    extra: dict[str, object] = field(default_factory=dict)
 
 
 def document_lengths(mean: int, total: int, longest: int, generator: torch.Generator) -> list[int]:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .types import Adapter, HeadNorm, NestedScales, QuantizedWeight
+from .types import Adapter, HeadNorm, NestedScales, QuantizedWeight, Target
 
-__all__ = ["Adapter", "HeadNorm", "NestedScales", "Operations", "QuantizedWeight", "pick"]
+__all__ = ["Adapter", "HeadNorm", "NestedScales", "Operations", "QuantizedWeight", "Target", "pick"]
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,17 @@ class Operations:
 
     name: str
     dequantize: Callable[[QuantizedWeight, Tensor], None]
-    pack_adapters: Callable[[Sequence[Adapter], Tensor, int, int], None]
+    pack_adapters: Callable[[Sequence[Adapter], Tensor, Tensor], None]
     rms_norm: Callable[..., tuple[Tensor, Tensor]]
     rms_norm_backward: Callable[..., None]
     rotary: Callable[..., None]
     rotary_backward: Callable[..., None]
-    glu: Callable[[Tensor, str, Tensor], None]
-    glu_backward_: Callable[[Tensor, Tensor, str], None]
+    glu: Callable[..., None]
+    glu_backward_: Callable[..., None]
     cross_entropy_: Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
-    thin_gradient: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    quantize_fp8: Callable[[Tensor, int, float, Tensor], Tensor]
+    thin_gradient: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Sequence[Target]], None]
+    quantize_fp8: Callable[[Tensor, Tensor | None, float, Tensor], Tensor]
+    pack_fp8: Callable[[Tensor, Tensor, float, Tensor], None]
 
 
 def _from(name: str, *modules: object) -> Operations:
@@ -53,9 +54,9 @@ def plain() -> Operations:
 
 def triton_set() -> Operations:
     """The Triton set (compiled for a GPU; interpreted on the CPU under TRITON_INTERPRET=1)."""
-    from . import cross_entropy, dequantize, fp8, glu, norm, rotary, thin
+    from . import cross_entropy, dequantize, fp8, glu, norm, pack, rotary, thin
 
-    return _from("triton", cross_entropy, dequantize, fp8, glu, norm, rotary, thin)
+    return _from("triton", cross_entropy, dequantize, fp8, glu, norm, pack, rotary, thin)
 
 
 def pick(device: torch.device) -> tuple[Operations, str]:

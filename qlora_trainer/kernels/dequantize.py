@@ -7,14 +7,12 @@ quarters of their time: 0.5 byte read and 2 written per weight is all the traffi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .types import Adapter, QuantizedWeight
+from .types import QuantizedWeight
 
 
 @triton.jit
@@ -61,39 +59,3 @@ def dequantize(weight: QuantizedWeight, out: Tensor) -> None:
         HALF=blocksize // 2, BLOCKSIZE2=nested.blocksize if nested else 1, NESTED=nested is not None,
         BLOCKS=blocks, num_warps=4,
     )  # fmt: skip
-
-
-@triton.jit
-def _pack_kernel(
-    a_ptr, b_ptr, out_ptr, rank, row0, n_rows, rank0, n, k, out_stride, scaling,
-    a_blocks, BLOCK: tl.constexpr, RANK: tl.constexpr,
-):  # fmt: skip
-    """Programs below `a_blocks` copy A's columns, the others scaling·B's rows."""
-    pid = tl.program_id(0)
-    ranks = tl.arange(0, RANK)
-    if pid < a_blocks:
-        columns = pid * BLOCK + tl.arange(0, BLOCK)
-        keep = (ranks[:, None] < rank) & (columns[None, :] < k)
-        value = tl.load(a_ptr + ranks[:, None] * k + columns[None, :], mask=keep, other=0.0)
-        target = out_ptr + (n + rank0 + ranks[:, None]).to(tl.int64) * out_stride + columns[None, :]
-        tl.store(target, value.to(out_ptr.dtype.element_ty), mask=keep)
-    else:
-        rows = (pid - a_blocks) * BLOCK + tl.arange(0, BLOCK)
-        inside = (rows[:, None] < n_rows) & (ranks[None, :] < rank)
-        b = tl.load(b_ptr + rows[:, None] * rank + ranks[None, :], mask=inside, other=0.0).to(tl.float32)
-        where = out_ptr + (row0 + rows[:, None]).to(tl.int64) * out_stride + k + rank0 + ranks[None, :]
-        tl.store(where, (b * scaling).to(out_ptr.dtype.element_ty), mask=inside)
-
-
-def pack_adapters(adapters: Sequence[Adapter], extended: Tensor, n: int, k: int) -> None:
-    """As `reference.pack_adapters`."""
-    extended[n:, :k].zero_()
-    extended[:n, k:].zero_()
-    block = 64
-    a_blocks = triton.cdiv(k, block)
-    for a in adapters:
-        rank, rows = a.A.shape[0], a.B.shape[0]
-        _pack_kernel[(a_blocks + triton.cdiv(rows, block),)](
-            a.A, a.B, extended, rank, a.row0, rows, a.rank0, n, k, extended.stride(0), a.scaling,
-            a_blocks, BLOCK=block, RANK=triton.next_power_of_2(rank), num_warps=4,
-        )  # fmt: skip

@@ -1,8 +1,8 @@
 """Row-scaled e4m3 operands for the frozen base's products (Hopper, Ada).
 
-`quantize_fp8` turns [X | U] (activation and its projection on the adapters) into e4m3 with one
-scale a row; `Fp8Weight` is the frozen weight quantized once in each orientation. NF4's own error is
-about 9% of a weight's RMS; e4m3 on top makes it 9.6%.
+`quantize_fp8` turns [x | u], an activation and its projection on the adapters, into one e4m3
+operand with a scale a row; `pack_fp8` brings an adapter's matrix to the scales of the frozen weight
+it stands beside. NF4's own error is about 9% of a weight's RMS; e4m3 on top makes it 9.6%.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from torch import Tensor
 
 
 @triton.jit
-def _quantize_fp8_kernel(x_ptr, out_ptr, scale_ptr, k, width, x_stride, out_stride, border, BLOCK: tl.constexpr):
+def _quantize_fp8_kernel(
+    x_ptr, u_ptr, out_ptr, scale_ptr, k, r, x_stride, u_stride, out_stride, border,
+    BLOCK: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     largest = tl.zeros((BLOCK,), tl.float32)
@@ -24,29 +27,52 @@ def _quantize_fp8_kernel(x_ptr, out_ptr, scale_ptr, k, width, x_stride, out_stri
     scale = tl.maximum(tl.max(largest, axis=0), 1e-12) / 448.0
     tl.store(scale_ptr + row, scale)
     inverse = 1.0 / scale
-    for start in range(0, width, BLOCK):
-        inside = start + column < width
+    for start in range(0, k, BLOCK):
+        inside = start + column < k
         x = tl.load(x_ptr + row * x_stride + start + column, mask=inside, other=0.0).to(tl.float32) * inverse
-        x = tl.where(start + column < k, x, x * border)
-        x = tl.minimum(tl.maximum(x, -448.0), 448.0)
         tl.store(out_ptr + row * out_stride + start + column, x.to(out_ptr.dtype.element_ty), mask=inside)
+    if RANK > 0:
+        rank = tl.arange(0, RANK)
+        u = tl.load(u_ptr + row * u_stride + rank, mask=rank < r, other=0.0).to(tl.float32) * (
+            inverse * border
+        )
+        u = tl.minimum(tl.maximum(u, -448.0), 448.0)
+        tl.store(out_ptr + row * out_stride + k + rank, u.to(out_ptr.dtype.element_ty), mask=rank < r)
 
 
-def quantize_fp8(x: Tensor, k: int, border: float, out: Tensor) -> Tensor:
+def quantize_fp8(x: Tensor, u: Tensor | None, border: float, out: Tensor) -> Tensor:
     """As `reference.quantize_fp8`."""
-    m, width = x.shape
+    m, k = x.shape
     scale = torch.empty((m, 1), dtype=torch.float32, device=x.device)
-    block = min(4096, triton.next_power_of_2(width))
+    block = min(4096, triton.next_power_of_2(k))
+    r = 0 if u is None else u.shape[1]
     _quantize_fp8_kernel[(m,)](
-        x,
-        out,
-        scale,
-        k,
-        width,
-        x.stride(0),
-        out.stride(0),
-        border,
-        BLOCK=block,
-        num_warps=max(1, block // 512),
-    )
+        x, x if u is None else u, out, scale, k, r, x.stride(0), 0 if u is None else u.stride(0), out.stride(0),
+        border, BLOCK=block, RANK=triton.next_power_of_2(r) if r else 0, num_warps=max(1, block // 512),
+    )  # fmt: skip
     return scale
+
+
+@triton.jit
+def _pack_fp8_kernel(
+    source_ptr, scale_ptr, out_ptr, n, r, row_stride, column_stride, out_stride, factor,
+    ROWS: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rank = tl.arange(0, RANK)
+    inside = (row[:, None] < n) & (rank[None, :] < r)
+    scale = tl.load(scale_ptr + row, mask=row < n, other=1.0)
+    source = source_ptr + row[:, None] * row_stride + rank[None, :] * column_stride
+    x = tl.load(source, mask=inside, other=0.0).to(tl.float32) * (factor / scale)[:, None]
+    x = tl.minimum(tl.maximum(x, -448.0), 448.0)
+    target = out_ptr + row[:, None].to(tl.int64) * out_stride + rank[None, :]
+    tl.store(target, x.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def pack_fp8(source: Tensor, scale: Tensor, factor: float, out: Tensor) -> None:
+    """As `reference.pack_fp8`."""
+    n, r = out.shape
+    _pack_fp8_kernel[(triton.cdiv(n, 64),)](
+        source, scale, out, n, r, source.stride(0), source.stride(1), out.stride(0), factor,
+        ROWS=64, RANK=triton.next_power_of_2(r), num_warps=4,
+    )  # fmt: skip

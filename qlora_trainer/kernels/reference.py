@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .types import Adapter, HeadNorm, QuantizedWeight
+from .types import Adapter, HeadNorm, QuantizedWeight, Target
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -43,17 +43,18 @@ def dequantize(weight: QuantizedWeight, out: Tensor) -> None:
     out.copy_((blocks * block_scales(weight)[:, None]).view(out.shape))
 
 
-def pack_adapters(adapters: Sequence[Adapter], extended: Tensor, n: int, k: int) -> None:
-    """Fill the border of a group's extended weight [N+R, K+R]: A below the weight, scaling·B right of it.
+def pack_adapters(adapters: Sequence[Adapter], a: Tensor, b: Tensor) -> None:
+    """Lay a group's adapters out for one product: `a` [R, K] is A, `b` [N, R] is scaling·B.
 
-    B is block-diagonal over the group's members, each in its own rows and rank columns.
+    B is block-diagonal over the group's members, each in its own rows and rank columns; what no
+    member owns becomes zero. `a` and `b` may be the border of an extended weight (strided).
     """
-    extended[n:, :k] = 0
-    extended[:n, k:] = 0
-    for a in adapters:
-        rank = a.A.shape[0]
-        extended[n + a.rank0 : n + a.rank0 + rank, :k] = a.A
-        extended[a.row0 : a.row0 + a.B.shape[0], k + a.rank0 : k + a.rank0 + rank] = a.B * a.scaling
+    a.zero_()
+    b.zero_()
+    for x in adapters:
+        rank = slice(x.rank0, x.rank0 + x.A.shape[0])
+        a[rank] = x.A
+        b[x.row0 : x.row0 + x.B.shape[0], rank] = x.B * x.scaling
 
 
 def rms_norm(
@@ -150,21 +151,36 @@ def glu(gate_up: Tensor, activation: str, out: Tensor) -> None:
     out.copy_(_activate(_wide(gate), activation) * _wide(up))
 
 
-def glu_backward_(d_act: Tensor, gate_up: Tensor, activation: str) -> None:
-    """In place: gate_up [M, 2F] becomes its gradient, d_act [M, F] becomes activation(gate)·up."""
-    gate, up = (_wide(part) for part in gate_up.chunk(2, dim=-1))
+def glu_backward_(
+    d_act: Tensor, gate_up: Tensor, activation: str, v: Tensor, u: Tensor,
+    ranks: tuple[tuple[int, int], tuple[int, int]],
+    down: Sequence[Target], gate: Sequence[Target], up: Sequence[Target],
+) -> None:  # fmt: skip
+    """gate_up [M, 2F] becomes its gradient, in place; d_act [M, F] is used up.
+
+    Also adds the thin products with what passes by: vᵀ·activation to `down` (v [M, r]), and, with
+    (first column, columns) of u [M, R] from `ranks`, u_gateᵀ·d_gate to `gate` and u_upᵀ·d_up to `up`.
+    """
+    g, x = (_wide(part) for part in gate_up.chunk(2, dim=-1))
     grad = _wide(d_act)
     if activation == "silu":
-        sigmoid = torch.sigmoid(gate)
-        value, slope = gate * sigmoid, sigmoid * (1 + gate * (1 - sigmoid))
+        sigmoid = torch.sigmoid(g)
+        value, slope = g * sigmoid, sigmoid * (1 + g * (1 - sigmoid))
     else:
-        c, a = 0.7978845608028654, 0.044715  # sqrt(2/pi); Hendrycks & Gimpel 2016
-        t = torch.tanh(c * (gate + a * gate**3))
-        value = 0.5 * gate * (1 + t)
-        slope = 0.5 * (1 + t) + 0.5 * gate * (1 - t * t) * c * (1 + 3 * a * gate * gate)
-    act = value * up
-    gate_up.copy_(torch.cat((grad * up * slope, grad * value), dim=-1))
-    d_act.copy_(act)
+        c, k = 0.7978845608028654, 0.044715  # sqrt(2/pi); Hendrycks & Gimpel 2016
+        t = torch.tanh(c * (g + k * g**3))
+        value = 0.5 * g * (1 + t)
+        slope = 0.5 * (1 + t) + 0.5 * g * (1 - t * t) * c * (1 + 3 * k * g * g)
+    act = (value * x).to(gate_up.dtype)
+    gate_up.copy_(torch.cat((grad * x * slope, grad * value), dim=-1))
+    d_gate, d_up = gate_up.chunk(2, dim=-1)
+    for narrow, wide, targets in (
+        (v, act, down),
+        (u[:, ranks[0][0] : sum(ranks[0])], d_gate, gate),
+        (u[:, ranks[1][0] : sum(ranks[1])], d_up, up),
+    ):
+        if targets:
+            thin_gradient(narrow, wide, None, None, targets)
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor, softcap: float | None) -> Tensor:
@@ -184,20 +200,37 @@ def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor, softcap: fl
     return losses
 
 
-def thin_gradient(narrow: Tensor, wide: Tensor, row_scale: Tensor | None) -> Tensor:
-    """narrowᵀ · (row_scale ∘ wide), float32 [R, C]: an adapter's gradient from [M, R] and [M, C]."""
+def thin_gradient(
+    narrow: Tensor,
+    wide: Tensor,
+    row_scale: Tensor | None,
+    column_scale: Tensor | None,
+    targets: Sequence[Target],
+) -> None:
+    """narrowᵀ · (row_scale ∘ wide ∘ column_scale) of [M, R] and [M, C], parts of it added to `targets`."""
     left = _wide(narrow) if row_scale is None else _wide(narrow) * row_scale[:, None]
-    return left.T @ _wide(wide)
+    product = left.T @ _wide(wide)
+    if column_scale is not None:
+        product = product * column_scale
+    for t in targets:
+        rows, columns = (t.out.shape[1], t.out.shape[0]) if t.transposed else t.out.shape
+        part = product[t.row0 : t.row0 + rows, t.column0 : t.column0 + columns]
+        t.out.add_(part.T if t.transposed else part, alpha=t.alpha)
 
 
-def quantize_fp8(x: Tensor, k: int, border: float, out: Tensor) -> Tensor:
-    """Write e4m3 of x [M, K+R] into `out`, one scale a row; return the scales, float32 [M, 1].
+def quantize_fp8(x: Tensor, u: Tensor | None, border: float, out: Tensor) -> Tensor:
+    """Write e4m3 of [x | border·u] into `out` [M, K+R], one scale a row; return the scales, float32 [M, 1].
 
-    The scale comes from the first `k` columns; the rest are multiplied by `border` and saturate.
+    The scale comes from x [M, K]; u [M, R] is multiplied by `border` and saturates.
     """
-    value = x.float()
-    scale = value[:, :k].abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 448.0
+    scale = x.float().abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 448.0
+    value = x.float() if u is None else torch.cat((x.float(), u.float() * border), dim=1)
     value = value / scale
-    value[:, k:] *= border
     out.copy_(value.clamp_(-448.0, 448.0).to(torch.float8_e4m3fn))
     return scale
+
+
+def pack_fp8(source: Tensor, scale: Tensor, factor: float, out: Tensor) -> None:
+    """Write e4m3 of factor · source / scale [n, 1] into `out` [n, R]; source [n, R] may be a transpose."""
+    value = source.float() * (factor / scale)
+    out.copy_(value.clamp_(-448.0, 448.0).to(torch.float8_e4m3fn))

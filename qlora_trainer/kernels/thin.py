@@ -1,15 +1,19 @@
-"""Products of a tall, wide activation with a few adapter columns: bounded by reading the wide one once.
+"""Adapter gradients: a tall, wide activation times a few columns, bounded by reading the wide one once.
 
-`thin_gradient` reduces over the tokens, in a fixed order (partial sums, then one more reduction):
-the same bits every time, which float atomics would not give.
+The reduction over the tokens has a fixed order (partial sums, then one more reduction that adds to
+the gradient buffers): the same bits every time, which float atomics would not give.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .types import Target
 
 
 @triton.jit
@@ -36,24 +40,66 @@ def _thin_gradient_kernel(
             scale = tl.load(scale_ptr + row, mask=row < end, other=0.0)
             narrow = (narrow.to(tl.float32) * scale[None, :]).to(narrow.dtype)
         total = tl.dot(narrow, wide, total, input_precision=PRECISION)
-    target = partial_ptr + (split * r + rank[:, None]) * c + column[None, :]
+    target = partial_ptr + (split * r + rank[:, None]).to(tl.int64) * c + column[None, :]
     tl.store(target, total, mask=(rank[:, None] < r) & (column[None, :] < c))
 
 
-def thin_gradient(narrow: Tensor, wide: Tensor, row_scale: Tensor | None) -> Tensor:
-    """As `reference.thin_gradient`; narrow [M, R ≤ 256], wide [M, C]."""
+@triton.jit
+def _add_kernel(
+    partial_ptr, out_ptr, scale_ptr, split_stride, c, row0, column0, rows, columns, row_stride, column_stride,
+    alpha, SCALE: tl.constexpr, SPLITS: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    rank = tl.arange(0, RANK)[:, None]
+    column = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    inside = (rank < rows) & (column < columns)
+    source = partial_ptr + (row0 + rank).to(tl.int64) * c + column0 + column
+    target = out_ptr + rank.to(tl.int64) * row_stride + column.to(tl.int64) * column_stride
+    before = tl.load(target, mask=inside, other=0.0)
+    total = tl.load(source, mask=inside, other=0.0)
+    for i in tl.static_range(1, SPLITS):
+        total += tl.load(source + i * split_stride, mask=inside, other=0.0)
+    if SCALE:
+        total *= tl.load(scale_ptr + column0 + column, mask=column < columns, other=0.0)
+    tl.store(target, before + alpha * total, mask=inside)
+
+
+def add_partials(partial: Tensor, column_scale: Tensor | None, targets: Sequence[Target]) -> None:
+    """Sum `partial` [splits, R, C] over splits, times column_scale, and add its parts to `targets`."""
+    for t in targets:
+        rows, columns = (t.out.shape[1], t.out.shape[0]) if t.transposed else t.out.shape
+        row_stride, column_stride = (t.out.stride(1), t.out.stride(0)) if t.transposed else t.out.stride()
+        rank = triton.next_power_of_2(rows)
+        block = max(16, min(64, 4096 // rank))
+        _add_kernel[(triton.cdiv(columns, block),)](
+            partial, t.out, partial if column_scale is None else column_scale, partial.stride(0),
+            partial.stride(1), t.row0, t.column0, rows, columns, row_stride, column_stride, float(t.alpha),
+            SCALE=column_scale is not None, SPLITS=partial.shape[0], RANK=rank, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+
+
+def _tile(rank: int) -> tuple[int, int, int, int, int]:
+    """(rows, columns, warps, stages) of a program, and programs wanted."""
+    if rank <= 64:
+        return 64, 128, 4, 3, 264
+    return (32, 64, 4, 4, 396) if rank <= 256 else (16, 32, 4, 2, 396)
+
+
+def thin_gradient(
+    narrow: Tensor, wide: Tensor, row_scale: Tensor | None, column_scale: Tensor | None, targets: Sequence[Target]
+) -> None:
+    """As `reference.thin_gradient`; narrow [M, R ≤ 768], targets float32."""
     (m, r), c = narrow.shape, wide.shape[1]
     rank = max(16, triton.next_power_of_2(r))
-    bm, bc = (64, 128) if rank <= 64 else (32, 64)
+    bm, bc, warps, stages, programs = _tile(rank)
     blocks = triton.cdiv(c, bc)
-    # enough programs for two or three a multiprocessor, each with at least four tiles to pipeline
-    splits = max(1, min(triton.cdiv(m, 4 * bm), triton.cdiv(396, blocks)))
+    # enough programs to fill the GPU, each with at least four tiles to pipeline
+    splits = max(1, min(triton.cdiv(m, 4 * bm), triton.cdiv(programs, blocks)))
     rows = triton.cdiv(triton.cdiv(m, splits), bm) * bm
     splits = triton.cdiv(m, rows)
     partial = torch.empty((splits, r, c), dtype=torch.float32, device=wide.device)
     _thin_gradient_kernel[(blocks, splits)](
         narrow, wide, narrow if row_scale is None else row_scale, partial, m, r, c, rows,
         narrow.stride(0), wide.stride(0), SCALE=row_scale is not None, RANK=rank, BM=bm, BC=bc,
-        PRECISION="ieee" if wide.dtype == torch.float32 else "tf32", num_warps=4, num_stages=4,
+        PRECISION="ieee" if wide.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return partial[0] if splits == 1 else partial.sum(0)
+    add_partials(partial, column_scale, targets)

@@ -50,3 +50,17 @@ class HeadNorm:
     weight: Tensor  # [D]
     eps: float
     offset: float
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a part of a thin product is added: out += alpha · part, float32.
+
+    out is [r, c], rows row0… and columns column0… of the product; or its transpose [c, r].
+    """
+
+    out: Tensor
+    row0: int
+    column0: int
+    alpha: float
+    transposed: bool

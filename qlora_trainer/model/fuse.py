@@ -24,7 +24,8 @@ from .fused.head import FusedHead, ModuleHead
 from .fused.keep import POLICIES, HostStore
 from .fused.layer import FusedLayer
 from .fused.parts import LayerParts
-from .fused.projection import Workspace
+from .fused.projection import Projection, Workspace
+from .fused.projection_fp8 import Fp8Projection
 from .fused.recognise import FAMILIES, Declined, Rotary, _norm, layer_type_of, recognise, window_of
 
 __all__ = ["FuseReport", "GraphedMicroStep", "fuse"]
@@ -90,8 +91,8 @@ def fuse(
     Args:
         activations: a policy of `fused/keep.py` for all layers, or one a layer.
         base_gemm: "bf16" (the compute dtype) or "fp8" (Hopper, Ada: row-scaled e4m3 products).
-        resident_bytes: device memory for dequantized copies of the base, filled layer by layer; None
-            for all of it on a CPU and nothing on a GPU.
+        resident_bytes: device memory for dequantized copies of the base (fp8: in e4m3, both ways),
+            filled layer by layer; None: all of it on a CPU and for fp8, else nothing.
         embeddings: "device", or "host" to keep an untied embedding table in pinned memory.
         mlp_rows: tokens of the MLP in flight at once in layers that recompute it.
         logits_bytes: size of a chunk of logits; None for 512 MiB on a GPU and 64 MiB on a CPU.
@@ -119,10 +120,9 @@ def fuse(
     workspace = Workspace(device, dtype)
     if base_gemm not in ("bf16", "fp8"):
         raise ConfigError(f"train.base_gemm={base_gemm!r}: give bf16 or fp8")
-    if base_gemm == "fp8" and (
-        device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)
-    ):
+    if base_gemm == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
         raise ConfigError("train.base_gemm=fp8 needs an Ada or Hopper GPU; set train.base_gemm=bf16")
+    make = Fp8Projection if base_gemm == "fp8" else Projection
     host = HostStore(device) if "offload" in policies and device.type == "cuda" else None
 
     layers: list[FusedLayer | ModuleLayer] = []
@@ -131,7 +131,7 @@ def fuse(
     for i, (module, policy) in enumerate(zip(modules, policies, strict=True)):
         name = f"layers.{i}"
         try:
-            parts = recognise(module, name, config, operations, workspace)
+            parts = recognise(module, name, config, operations, workspace, make)
         except Declined as why:
             layer_type = layer_type_of(module, module.self_attn)
             layers.append(
@@ -148,11 +148,9 @@ def fuse(
         report.modules[name] = f"fused, activations {policy}" + (
             " (kept where they are: no GPU)" if policy == "offload" and host is None else ""
         )
-    if base_gemm == "fp8":
-        for parts in parts_of:
-            for projection in parts.projections:
-                projection.use_fp8()
-    report.resident_bytes = _make_resident(parts_of, device, resident_bytes)
+    report.resident_bytes = _make_resident(
+        parts_of, device.type == "cpu" or base_gemm == "fp8", resident_bytes
+    )
     report.workspace_bytes = workspace.nbytes
     report.activations = policies
     border = parts_of[-1].down.border if parts_of else 0
@@ -163,9 +161,9 @@ def fuse(
     return FusedForward(device, workspace, embed, on_host, rotary, layers, head, host), report
 
 
-def _make_resident(parts_of: list[LayerParts], device: torch.device, budget: int | None) -> int:
-    """Dequantizes once, as far as `budget` bytes go; returns the bytes taken."""
-    left = float("inf") if budget is None and device.type == "cpu" else float(budget or 0)
+def _make_resident(parts_of: list[LayerParts], wanted: bool, budget: int | None) -> int:
+    """Dequantizes once, as far as `budget` bytes go (None: all if wanted); returns the bytes taken."""
+    left = float("inf") if budget is None and wanted else float(budget or 0)
     taken = 0
     for parts in parts_of:
         for projection in parts.projections:

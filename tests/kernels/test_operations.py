@@ -7,7 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_trainer.kernels import Adapter, HeadNorm, NestedScales, Operations, QuantizedWeight, plain, triton_set
+from qlora_trainer.kernels import (
+    Adapter,
+    HeadNorm,
+    NestedScales,
+    Operations,
+    QuantizedWeight,
+    Target,
+    plain,
+    triton_set,
+)
 
 PLAIN = plain()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -68,17 +77,18 @@ def test_dequantization_of_blocks_that_straddle_rows(fast: Operations) -> None:
 @pytest.mark.parametrize("rank", RANKS)
 def test_adapters_land_in_the_border_of_the_extended_weight(fast: Operations, rank: int) -> None:
     k, rows, border = 70, (33, 5, 6), 3 * rank + 2
-    adapters = [
-        Adapter(random(rank, k, seed=i), random(n, rank, seed=i), 0.5 + i, sum(rows[:i]), i * rank)
-        for i, n in enumerate(rows)
-    ]
     n = sum(rows)
-    expected, found = wide(n + border, k, border), wide(n + border, k, border)
-    PLAIN.pack_adapters(adapters, expected, n, k)
-    fast.pack_adapters(adapters, found, n, k)
-    assert torch.equal(found[n:, :k], expected[n:, :k])
-    close(found[:n, k:], expected[:n, k:])
-    assert found[:n, :k].isnan().all() and found[n:, k:].isnan().all()
+    for present in ((0, 1, 2), (2,), (0, 2)):
+        adapters = [
+            Adapter(random(rank, k, seed=i), random(rows[i], rank, seed=i), 0.5 + i, sum(rows[:i]), j * rank)
+            for j, i in enumerate(present)
+        ]
+        expected, found = wide(n + border, k, border), wide(n + border, k, border)
+        for operations, out in ((PLAIN, expected), (fast, found)):
+            operations.pack_adapters(adapters, out[n:, :k], out[:n, k:])
+        assert torch.equal(found[n:, :k], expected[n:, :k])
+        close(found[:n, k:], expected[:n, k:])
+        assert found[:n, :k].isnan().all() and found[n:, k:].isnan().all()
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
@@ -159,17 +169,39 @@ def test_gated_unit_and_its_gradient_in_place(fast: Operations, m: int, f: int, 
     function = torch.nn.functional
     act = (function.silu(gate) if activation == "silu" else function.gelu(gate, approximate="tanh")) * up
     act.backward(d_act.double())
+    narrow = torch.zeros(m, 0, device=DEVICE)
     for operations in (PLAIN, fast):
         out = wide(m, f, 5)
         operations.glu(gate_up, activation, out[:, :f])
         close(out[:, :f], act)
         both, single = wide(m, 2 * f, 3), d_act.clone()
         both[:, : 2 * f] = gate_up
-        operations.glu_backward_(single, both[:, : 2 * f], activation)
+        nothing = ((0, 0), (0, 0))
+        operations.glu_backward_(single, both[:, : 2 * f], activation, narrow, narrow, nothing, (), (), ())
         assert x.grad is not None
         close(both[:, : 2 * f], x.grad)
-        close(single, act)
         assert both[:, 2 * f :].isnan().all()
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize(("m", "f"), [(1, 96), (3, 123), (300, 200)])
+def test_gated_unit_makes_its_neighbours_adapter_gradients(fast: Operations, m: int, f: int, rank: int) -> None:
+    gate_up, d_act = random(m, 2 * f), random(m, f, seed=1)
+    v, u = random(m, rank, seed=2), random(m, 2 * rank, seed=3)
+    ranks = ((0, rank), (rank, rank))
+    act = wide(m, f, 0)
+    PLAIN.glu(gate_up, "silu", act)
+    for operations in (PLAIN, fast):
+        grads = gate_up.clone()
+        of_a = torch.ones(rank, f, device=DEVICE)
+        of_gate, of_up = (torch.ones(f, rank, device=DEVICE) for _ in range(2))
+        operations.glu_backward_(
+            d_act.clone(), grads, "silu", v, u, ranks,
+            [Target(of_a, 0, 0, 1.0, False)], [Target(of_gate, 0, 0, 2.0, True)], [Target(of_up, 0, 0, 2.0, True)],
+        )  # fmt: skip
+        close(of_a - 1, v.double().T @ act.double(), 2e-5)
+        close(of_gate - 1, 2 * grads[:, :f].double().T @ u[:, :rank].double(), 2e-5)
+        close(of_up - 1, 2 * grads[:, f:].double().T @ u[:, rank:].double(), 2e-5)
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -193,25 +225,45 @@ def test_cross_entropy_and_its_gradient_in_place(
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize(("m", "c"), [(1, 40), (77, 130), (300, 64)])
 def test_thin_gradient(fast: Operations, m: int, c: int, rank: int) -> None:
-    narrow, wide_, scale = random(m, rank), random(m, c, seed=1), random(m, seed=2)
-    for row_scale in (None, scale):
-        factor = 1 if row_scale is None else row_scale.double()[:, None]
-        expected = (narrow.double() * factor).T @ wide_.double()
+    narrow, wide_ = random(m, rank + 3), random(m, c, seed=1)
+    scale, factor = random(m, seed=2), random(c, seed=3)
+    half = c // 2
+    for row_scale, column_scale in ((None, None), (scale, factor)):
+        expected = narrow.double().T @ wide_.double()
+        if row_scale is not None:
+            expected = (narrow.double() * scale.double()[:, None]).T @ (wide_.double() * factor.double())
         for operations in (PLAIN, fast):
-            close(operations.thin_gradient(narrow, wide_, row_scale), expected, 5e-6)
+            plain_part = torch.ones(rank, half, device=DEVICE)
+            turned_part = torch.ones(c - half, 3, device=DEVICE)
+            targets = [Target(plain_part, 0, 0, 1.0, False), Target(turned_part, rank, half, 0.5, True)]
+            operations.thin_gradient(narrow, wide_, row_scale, column_scale, targets)
+            close(plain_part - 1, expected[:rank, :half], 2e-5)
+            close((turned_part - 1).T, 0.5 * expected[rank:, half:], 2e-5)
 
 
 def test_fp8_rows_carry_their_own_scale(fast: Operations) -> None:
     # Triton's interpreter cuts off where a GPU rounds to nearest
     coarse = 1.0 if DEVICE.type == "cuda" else 3.0
-    m, k, border = 5, 96, 16
-    x = random(m, k + border) * torch.logspace(-4, 4, m, device=DEVICE)[:, None]
+    m, k = 5, 96
+    rows = torch.logspace(-4, 4, m, device=DEVICE)[:, None]
+    x, u = random(m, k) * rows, random(m, 16, seed=1) * rows
     found = []
     for operations in (PLAIN, fast):
-        out = torch.empty(m, k + border, dtype=torch.float8_e4m3fn, device=DEVICE)
-        scale = operations.quantize_fp8(x, k, 0.25, out)
+        out = torch.empty(m, k + 16, dtype=torch.float8_e4m3fn, device=DEVICE)
+        scale = operations.quantize_fp8(x, u, 0.25, out)
         value = out.float() * scale
-        close(value[:, :k], x[:, :k], 0.04 * coarse)
-        close(value[:, k:] * 4, x[:, k:], 0.06 * coarse)
+        for i in range(m):
+            close(value[i, :k], x[i], 0.04 * coarse)
+            close(value[i, k:] * 4, u[i], 0.06 * coarse)
         found.append(value)
     close(found[1], found[0], 0.01 if coarse == 1.0 else 0.1)
+
+
+def test_fp8_adapters_stand_at_their_weights_scale(fast: Operations) -> None:
+    coarse = 1.0 if DEVICE.type == "cuda" else 3.0
+    source, scale = random(70, 20), random(70, 1, seed=1).abs() * 0.01 + 0.01
+    for operations in (PLAIN, fast):
+        for matrix in (source, source.T.contiguous().T):
+            out = torch.empty(70, 20, dtype=torch.float8_e4m3fn, device=DEVICE)
+            operations.pack_fp8(matrix, scale, 0.5, out)
+            close(out.float() * scale * 2, source, 0.04 * coarse)

@@ -51,7 +51,8 @@ class FusedHead:
             operations,
             border,
         )
-        self.chunk = max(1, chunk_bytes // (weight.shape[0] * weight.element_size()))
+        rows = max(1, chunk_bytes // (weight.shape[0] * weight.element_size()))
+        self.chunk = rows // 256 * 256 or rows  # whole tiles of the matrix units
 
     def __call__(self, x: Tensor, delta: Tensor | None, supervised: Supervised) -> Tensor:
         """Sum of weights·cross-entropy, float32 scalar, of the stream x + delta [M, h]."""

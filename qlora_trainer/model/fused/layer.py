@@ -94,16 +94,18 @@ class FusedLayer:
         wide = p.qkv.wide_input(m)
         total, saved.rstd1 = self._norm(p.input_norm, x, delta, wide[:, : p.qkv.k])
         saved.x = total.detach()
-        saved.u_qkv = p.qkv.project(wide)
-        saved.qkv = p.qkv.forward(wide)
-        del wide
+        u = p.qkv.project(wide)
+        saved.u_qkv = u[:, : p.qkv.rank].contiguous()
+        saved.qkv = p.qkv.forward(wide, u)
+        del wide, u
         q, k, v = self._heads(self._rotated(saved.qkv, call))
         attended, saved.state = attend(q, k, v, call.layout, p.softmax_scale, p.window)
         saved.attended = attended.reshape(m, p.o.k)
         wide = p.o.wide_input(m)
         wide[:, : p.o.k].copy_(saved.attended)
-        saved.u_o = p.o.project(wide)
-        y = p.o.forward(wide)
+        u = p.o.project(wide)
+        saved.u_o = u[:, : p.o.rank].contiguous()
+        y = p.o.forward(wide, u)
         if p.attention_output_norm is not None:
             saved.y_attention, y = y, torch.empty_like(y)
             _, saved.rstd_attention = self._norm(p.attention_output_norm, saved.y_attention, None, y)
@@ -126,11 +128,12 @@ class FusedLayer:
             gate_up, saved.u_gate_up = self._gate_up(wide[rows])
             act = p.down.wide_input(gate_up.shape[0])
             self.operations.glu(gate_up[:, : p.gate_up.n], p.activation, act[:, : p.down.k])
-            saved.u_down[rows] = p.down.project(act)
-            p.down.forward(act, out=out[rows])
+            u = p.down.project(act)
+            saved.u_down[rows] = u[:, : p.down.rank]
+            p.down.forward(act, u, out=out[rows])
             if self.policy == "none":
                 saved.gate_up = gate_up
-            del gate_up, act
+            del gate_up, act, u
         if p.mlp_output_norm is not None:
             saved.y_mlp, out = out, torch.empty_like(out)
             _, saved.rstd_mlp = self._norm(p.mlp_output_norm, saved.y_mlp, None, out)
@@ -141,8 +144,8 @@ class FusedLayer:
         group = self.parts.gate_up
         u = group.project(wide)
         result = group.wide_output(wide.shape[0])
-        group.forward(wide, out=result[:, : group.n])
-        return result, u
+        group.forward(wide, u, out=result[:, : group.n])
+        return result, u[:, : group.rank].contiguous()
 
     # -- backward --------------------------------------------------------------------------------
 
@@ -178,13 +181,25 @@ class FusedLayer:
                 self._norm(p.mlp_norm, x2, None, again[:, : p.gate_up.k])
                 gate_up, u = self._gate_up(again)
                 del again
-            d_act = p.down.backward(wide[rows])
-            assert d_act is not None
-            self.operations.glu_backward_(d_act, gate_up[:, : p.gate_up.n], p.activation)
-            p.down.adapter_gradients(d_act, saved.u_down[rows], wide[rows], gradients)
+            part, d_gate_up = wide[rows], gate_up[:, : p.gate_up.n]
+            v_down = p.down.project_back(part)
+            d_act = p.down.backward(part, v_down)
+            # the gradients of down's A and of gate's and up's B pass by here
+            down_a, down_b = p.down.targets(gradients)
+            gate_b, up_b = p.gate_up.halved_targets(gradients)
+            self.operations.glu_backward_(
+                d_act, d_gate_up, p.activation, v_down[:, : p.down.rank], u, p.gate_up.rank_spans,
+                down_a, gate_b, up_b,
+            )  # fmt: skip
             del d_act
-            p.gate_up.backward(gate_up, out=d_normed[rows])
-            p.gate_up.adapter_gradients(x2, u, gate_up, gradients, rstd2, p.mlp_norm.factor)
+            v = p.gate_up.project_back(gate_up)
+            p.gate_up.backward(gate_up, v, out=d_normed[rows])
+            thin = self.operations.thin_gradient
+            if down_b:
+                thin(saved.u_down[rows], part[:, : p.down.n], None, None, down_b)
+            gate_up_a, _ = p.gate_up.targets(gradients)
+            if gate_up_a:
+                thin(v[:, : p.gate_up.rank], x2, rstd2, p.mlp_norm.factor, gate_up_a)
             del gate_up
         return self._norm_backward(p.mlp_norm, d_normed, saved.x2, saved.rstd2, grad, p.o.border)
 
@@ -207,9 +222,9 @@ class FusedLayer:
                 None,
                 p.o.border,
             )
-        d_attended = p.o.backward(wide)
-        assert d_attended is not None
-        p.o.adapter_gradients(saved.attended, saved.u_o, wide, gradients)
+        v = p.o.project_back(wide)
+        d_attended = p.o.backward(wide, v)
+        p.o.adapter_gradients(saved.attended, saved.u_o, wide[:, : p.o.n], v, gradients)
         n_q, _, dim = p.heads
         rotated = saved.qkv if p.head_norms is None else self._rotated(saved.qkv, call)
         q, k, v = self._heads(rotated)
@@ -225,10 +240,12 @@ class FusedLayer:
             dq, dk, dv, raw, cos, sin, p.heads, p.qkv_bias, p.head_norms, wide[:, : p.qkv.n]
         )
         del dq, dk, dv
-        d_normed = p.qkv.backward(wide, needs_input=needs_input)
-        p.qkv.adapter_gradients(saved.x, saved.u_qkv, wide, gradients, saved.rstd1, p.input_norm.factor)
-        if d_normed is None:
+        v = p.qkv.project_back(wide)
+        d_qkv, factor = wide[:, : p.qkv.n], p.input_norm.factor
+        p.qkv.adapter_gradients(saved.x, saved.u_qkv, d_qkv, v, gradients, saved.rstd1, factor)
+        if not needs_input:
             return None
+        d_normed = p.qkv.backward(wide, v)
         # the layer below feeds this to its down projection: same shape, same border
         out = self._norm_backward(
             p.input_norm, d_normed, saved.x, saved.rstd1, d_x2[:, :hidden], p.down.border
@@ -248,7 +265,13 @@ class FusedLayer:
 class _LayerFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, delta: Tensor | None, layer: FusedLayer, call: Call, anchor: Tensor, *ours: Tensor
+        ctx: Any,
+        x: Tensor,
+        delta: Tensor | None,
+        layer: FusedLayer,
+        call: Call,
+        anchor: Tensor,
+        *ours: Tensor,
     ) -> Any:
         saved = Saved()
         y = layer.attention(x, delta, call, saved)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from qlora_trainer.kernels import Adapter, Operations, QuantizedWeight
+from qlora_trainer.kernels import Adapter, Operations, QuantizedWeight, Target
 
 # The inner dimension of a matrix-unit tile: a narrower border would cost the same time.
 _ALIGN = {"cuda": 64, "cpu": 1}
@@ -49,22 +49,18 @@ class Gradients:
     def __init__(self) -> None:
         self.returned: dict[nn.Parameter, Tensor] = {}
 
-    def add(self, parameter: nn.Parameter, value: Tensor, alpha: float = 1.0) -> None:
-        """Adds alpha·value (float32, any strides)."""
-        if not parameter.requires_grad:
-            return
-        main = getattr(parameter, "main_grad", None)
+    def of(self, parameter: nn.Parameter) -> Tensor:
+        """The float32 tensor to add to."""
+        main: Tensor | None = getattr(parameter, "main_grad", None)
         if main is not None:
-            main.add_(value, alpha=alpha)
-        elif parameter in self.returned:
-            self.returned[parameter].add_(value, alpha=alpha)
-        else:
-            self.returned[parameter] = value * alpha
+            return main
+        if parameter not in self.returned:
+            self.returned[parameter] = torch.zeros_like(parameter, dtype=torch.float32)
+        return self.returned[parameter]
 
-    def collect(self, parameters: Sequence[nn.Parameter]) -> tuple[Tensor | None, ...]:
-        """Gradients for autograd, in the parameters' dtype; None where `main_grad` took them."""
-        found = (self.returned.get(p) for p in parameters)
-        return tuple(None if g is None else g.to(p.dtype) for g, p in zip(found, parameters, strict=True))
+    def collect(self, parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """Gradients for autograd, in the parameters' dtype."""
+        return tuple(self.returned[p].to(p.dtype) if p in self.returned else None for p in parameters)
 
 
 @dataclass
@@ -99,14 +95,17 @@ class Workspace:
 
 
 class Projection:
-    """The products of one group. Shapes: x [M, K], y [M, N], wide x [M, K+R], wide dy [M, N+R]."""
+    """The products of one group. Shapes: x [M, K], y [M, N], wide x [M, K+border], wide dy [M, N+border].
+
+    `rank`: all members' ranks; `pad`: the same, rounded up to a tile; `border`: spare columns of wide
+    activations, here `pad`.
+    """
 
     def __init__(
         self, name: str, members: Sequence[Member], operations: Operations, workspace: Workspace, role: str
     ) -> None:
-        self.name, self.members, self.operations, self.workspace, self.role = (
-            name, list(members), operations, workspace, role,
-        )  # fmt: skip
+        self.name, self.members, self.operations = name, list(members), operations
+        self.workspace, self.role = workspace, role
         self.k = members[0].shape[1]
         self.n = sum(m.shape[0] for m in members)
         self._adapters: list[tuple[Member, int, int]] = []  # member, first output row, first rank column
@@ -118,10 +117,15 @@ class Projection:
             row += member.shape[0]
         align = _ALIGN.get(workspace.device.type, 1)
         self.rank = rank
-        self.border = -(-rank // align) * align
+        self.pad = -(-rank // align) * align
+        self.border = self.pad
         self._resident: Tensor | None = None
         self._packed_in = -1
-        workspace.reserve(role, (self.n + self.border) * (self.k + self.border))
+        workspace.reserve(role, self._numel)
+
+    @property
+    def _numel(self) -> int:
+        return (self.n + self.pad) * (self.k + self.pad)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -129,13 +133,23 @@ class Projection:
         return [p for m, _, _ in self._adapters for p in (m.lora_A, m.lora_B) if p is not None]
 
     @property
+    def rank_spans(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(first rank column, columns) of the first and the last half of the outputs: gate's and up's."""
+        spans = {row: (rank, m.lora_A.shape[0]) for m, row, rank in self._adapters if m.lora_A is not None}
+        if len(self.members) == 1:
+            return spans.get(0, (0, 0)), spans.get(0, (0, 0))
+        return spans.get(0, (0, 0)), spans.get(self.members[0].shape[0], (0, 0))
+
+    # -- the weight ------------------------------------------------------------------------------
+
+    @property
     def resident_nbytes(self) -> int:
         """Bytes that a resident copy takes."""
-        return (self.n + self.border) * (self.k + self.border) * self.workspace.dtype.itemsize
+        return self._numel * self.workspace.dtype.itemsize
 
     def make_resident(self) -> None:
         """Keeps the dequantized weight for good."""
-        shape = (self.n + self.border, self.k + self.border)
+        shape = (self.n + self.pad, self.k + self.pad)
         self._resident = torch.empty(shape, dtype=self.workspace.dtype, device=self.workspace.device)
         self._write_base(self._resident)
 
@@ -149,80 +163,105 @@ class Projection:
                 out.copy_(member.weight)
             row += member.shape[0]
 
-    def _pack(self, extended: Tensor) -> None:
-        if self._adapters:
-            packed = [
-                Adapter(m.lora_A.detach(), m.lora_B.detach(), m.scaling, row, rank)
-                for m, row, rank in self._adapters
-                if m.lora_A is not None and m.lora_B is not None
-            ]
-            self.operations.pack_adapters(packed, extended, self.n, self.k)
+    def _pack(self, a: Tensor, b: Tensor) -> None:
+        """This pass's adapters into a [pad, K] and b [N, pad]."""
+        packed = [
+            Adapter(m.lora_A.detach(), m.lora_B.detach(), m.scaling, row, rank)
+            for m, row, rank in self._adapters
+            if m.lora_A is not None and m.lora_B is not None
+        ]
+        if packed:
+            self.operations.pack_adapters(packed, a, b)
 
     def extended(self) -> Tensor:
-        """[N+R, K+R] with this pass's adapters in its border."""
+        """[N+pad, K+pad] with this pass's adapters in its border."""
         if self._resident is not None:
             if self._packed_in != self.workspace.generation:
-                self._pack(self._resident)
+                self._pack(self._resident[self.n :, : self.k], self._resident[: self.n, self.k :])
                 self._packed_in = self.workspace.generation
             return self._resident
-        rows, columns = self.n + self.border, self.k + self.border
-        buffer, holds = self.workspace.claim(self.role, id(self), rows, columns)
+        buffer, holds = self.workspace.claim(self.role, id(self), self.n + self.pad, self.k + self.pad)
         if not holds:
             self._write_base(buffer)
-            self._pack(buffer)
+            self._pack(buffer[self.n :, : self.k], buffer[: self.n, self.k :])
         return buffer
 
+    # -- activations -----------------------------------------------------------------------------
+
     def wide_input(self, m: int) -> Tensor:
-        """An empty [m, K+R]: what feeds `forward` writes its first K columns."""
+        """An empty [m, K+border]: what feeds `forward` writes its first K columns."""
         return torch.empty(
             (m, self.k + self.border), dtype=self.workspace.dtype, device=self.workspace.device
         )
 
     def wide_output(self, m: int) -> Tensor:
-        """An empty [m, N+R]: what feeds `backward` writes its first N columns."""
+        """An empty [m, N+border]: what feeds `backward` writes its first N columns."""
         return torch.empty(
             (m, self.n + self.border), dtype=self.workspace.dtype, device=self.workspace.device
         )
 
-    def project(self, wide: Tensor) -> Tensor:
-        """Fill the border of `wide` [M, K+R] with x·Aᵀ; return it compactly, [M, rank], for the backward."""
-        if self.border:
-            a = self.extended()[self.n :, : self.k]
-            torch.mm(wide[:, : self.k], a.T, out=wide[:, self.k :])
-        return wide[:, self.k : self.k + self.rank].contiguous()
+    def room(self, wide: Tensor) -> Tensor:
+        """Where the projection of a wide activation on the adapters goes: [M, pad]."""
+        return wide[:, wide.shape[1] - self.pad :]
 
-    def forward(self, wide: Tensor, out: Tensor | None = None) -> Tensor:
-        """y [M, N] of a wide input whose border `project` has filled."""
+    def project(self, wide: Tensor) -> Tensor:
+        """x·Aᵀ of a wide input, in its `room`."""
+        u = self.room(wide)
+        if self.rank:
+            torch.mm(wide[:, : self.k], self.extended()[self.n :, : self.k].T, out=u)
+        return u
+
+    def project_back(self, wide: Tensor) -> Tensor:
+        """dy·s·B of a wide dy, in its `room`."""
+        v = self.room(wide)
+        if self.rank:
+            torch.mm(wide[:, : self.n], self.extended()[: self.n, self.k :], out=v)
+        return v
+
+    def forward(self, wide: Tensor, u: Tensor, out: Tensor | None = None) -> Tensor:
+        """y [M, N] of a wide input and its projection."""
         weight = self.extended()[: self.n].T
         return torch.mm(wide, weight) if out is None else torch.mm(wide, weight, out=out)
 
-    def backward(self, wide: Tensor, out: Tensor | None = None, needs_input: bool = True) -> Tensor | None:
-        """dx [M, K] of a wide dy, whose border becomes dy·s·B on the way; None if nobody needs dx."""
-        if self.border:
-            extended = self.extended()
-            torch.mm(wide[:, : self.n], extended[: self.n, self.k :], out=wide[:, self.n :])
-        if not needs_input:
-            return None
+    def backward(self, wide: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
+        """dx [M, K] of a wide dy and its projection."""
         weight = self.extended()[:, : self.k]
         return torch.mm(wide, weight) if out is None else torch.mm(wide, weight, out=out)
 
+    def targets(self, gradients: Gradients) -> tuple[list[Target], list[Target]]:
+        """Where the products for dA (rank x K) and for dB (rank x N) belong."""
+        of_a, of_b = [], []
+        for member, row, rank in self._adapters:
+            assert member.lora_A is not None and member.lora_B is not None
+            if member.lora_A.requires_grad:
+                of_a.append(Target(gradients.of(member.lora_A), rank, 0, 1.0, False))
+            if member.lora_B.requires_grad:
+                of_b.append(Target(gradients.of(member.lora_B), rank, row, member.scaling, True))
+        return of_a, of_b
+
+    def halved_targets(self, gradients: Gradients) -> tuple[list[Target], list[Target]]:
+        """Targets of dB for the first and the last half of the outputs (gate's and up's), each on its own."""
+        halves: tuple[list[Target], list[Target]] = ([], [])
+        middle = self.n // 2
+        for t in self.targets(gradients)[1]:
+            rows = t.out.shape[0]
+            for half, start in enumerate((0, middle)):
+                first, last = max(t.column0, start), min(t.column0 + rows, start + middle)
+                if first < last:
+                    part = t.out[first - t.column0 : last - t.column0]
+                    halves[half].append(Target(part, 0, first - start, t.alpha, True))
+        return halves
+
     def adapter_gradients(
-        self, x: Tensor, u: Tensor, wide: Tensor, gradients: Gradients,
+        self, x: Tensor, u: Tensor, dy: Tensor, v: Tensor, gradients: Gradients,
         row_scale: Tensor | None = None, column_scale: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Adds dA = (dy·s·B)ᵀ·x and dB = s·dyᵀ·u, with u [M, rank] from `project`, dy wide from `backward`.
+        """Adds dA = (dy·s·B)ᵀ·x and dB = s·dyᵀ·u; u and v from the projections, [M, ≥ rank].
 
         The input of the product may be given unscaled: it is row_scale ∘ x ∘ column_scale.
         """
-        if not self._adapters:
-            return
-        thin = self.operations.thin_gradient
-        d_a = thin(wide[:, self.n : self.n + self.rank], x, row_scale)
-        if column_scale is not None:
-            d_a *= column_scale
-        d_b = thin(u, wide[:, : self.n], None)
-        for member, row, rank in self._adapters:
-            assert member.lora_A is not None and member.lora_B is not None
-            ranks = slice(rank, rank + member.lora_A.shape[0])
-            gradients.add(member.lora_A, d_a[ranks])
-            gradients.add(member.lora_B, d_b[ranks, row : row + member.shape[0]].T, member.scaling)
+        of_a, of_b = self.targets(gradients)
+        if of_a:
+            self.operations.thin_gradient(v[:, : self.rank], x, row_scale, column_scale, of_a)
+        if of_b:
+            self.operations.thin_gradient(u[:, : self.rank], dy, None, None, of_b)

@@ -98,12 +98,17 @@ def _member(module: nn.Module, name: str) -> tuple[Member, Tensor | None]:
 
 
 def _group(
-    parent: nn.Module, names: Sequence[str], operations: Operations, workspace: Workspace, role: str
+    parent: nn.Module,
+    names: Sequence[str],
+    make: type[Projection],
+    operations: Operations,
+    workspace: Workspace,
+    role: str,
 ) -> tuple[Projection, list[Tensor | None]]:
     members, biases = zip(*(_member(getattr(parent, name), name) for name in names), strict=True)
     if len({m.shape[1] for m in members}) != 1:
         raise Declined(f"{', '.join(names)} differ in input width")
-    return Projection("+".join(names), members, operations, workspace, role), list(biases)
+    return make("+".join(names), members, operations, workspace, role), list(biases)
 
 
 def _unbiased(projection: Projection, biases: Sequence[Tensor | None]) -> Projection:
@@ -132,9 +137,14 @@ def window_of(attention: nn.Module, config: Any) -> int | None:
 
 
 def recognise(
-    module: nn.Module, name: str, config: Any, operations: Operations, workspace: Workspace
+    module: nn.Module,
+    name: str,
+    config: Any,
+    operations: Operations,
+    workspace: Workspace,
+    make: type[Projection] = Projection,
 ) -> LayerParts:
-    """The parts of one decoder layer.
+    """The parts of one decoder layer; `make` builds its groups of projections.
 
     Raises:
         Declined: the layer has something the fused path does not compute.
@@ -153,7 +163,7 @@ def recognise(
 
     fused_qkv = hasattr(attention, "qkv_proj")
     names = ("qkv_proj",) if fused_qkv else ("q_proj", "k_proj", "v_proj")
-    qkv, biases = _group(attention, names, operations, workspace, "other")
+    qkv, biases = _group(attention, names, make, operations, workspace, "other")
     some = [b for b in biases if b is not None]
     if some and len(some) != len(biases):
         raise Declined("only some of q, k, v have a bias")
@@ -180,11 +190,11 @@ def recognise(
         softmax_scale=float(attention.scaling),
         window=window_of(attention, config),
         layer_type=layer_type_of(module, attention),
-        o=_unbiased(*_group(attention, ("o_proj",), operations, workspace, "other")),
+        o=_unbiased(*_group(attention, ("o_proj",), make, operations, workspace, "other")),
         attention_output_norm=_norm(module.post_attention_layernorm) if sandwich else None,
         mlp_norm=_norm(module.pre_feedforward_layernorm if sandwich else module.post_attention_layernorm),
-        gate_up=_unbiased(*_group(mlp, gate_names, operations, workspace, "gate_up")),
-        down=_unbiased(*_group(mlp, ("down_proj",), operations, workspace, "other")),
+        gate_up=_unbiased(*_group(mlp, gate_names, make, operations, workspace, "gate_up")),
+        down=_unbiased(*_group(mlp, ("down_proj",), make, operations, workspace, "other")),
         activation=_activation(mlp),
         mlp_output_norm=_norm(module.post_feedforward_layernorm) if sandwich else None,
     )

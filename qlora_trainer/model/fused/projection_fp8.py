@@ -1,0 +1,99 @@
+"""A group's products in e4m3, one scale a row of each operand (opt-in; Hopper and Ada).
+
+Both orientations of the frozen weight are quantized once and stay resident (2 bytes a weight, as
+much as a bfloat16 copy). The adapters ride in the same product as in `projection.py`, in e4m3 too;
+their own gradients are made from the bfloat16 activations. A value of a border that leaves e4m3's
+range at its row's scale saturates; the factors below centre the ranges seen in training: x·Aᵀ is
+about as large as x, B between 1e-4 and 1e-1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .projection import Projection
+
+_FORWARD = 4.0  # u is divided, B multiplied
+_BACKWARD = 2.0  # v is multiplied, A divided
+
+
+class Fp8Projection(Projection):
+    """As `Projection`; bfloat16 until `make_resident`."""
+
+    _weight: Tensor | None = None  # e4m3 [N, K+pad]
+    _weight_back: Tensor | None = None  # e4m3 [K, N+pad]
+
+    def make_resident(self) -> None:
+        """Quantizes the base in both orientations, a scale for each output and each input column."""
+        device, dtype = self.workspace.device, self.workspace.dtype
+        self.border = 0
+        base = torch.empty((self.n, self.k), dtype=dtype, device=device)
+        self._write_base(base)
+        self._weight, self._scale = self._quantized(base)
+        self._weight_back, self._scale_back = self._quantized(base.T.contiguous())
+        self._a = torch.zeros((self.pad, self.k), dtype=dtype, device=device)
+        self._b = torch.zeros((self.n, self.pad), dtype=dtype, device=device)
+
+    def _quantized(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        rows, columns = weight.shape
+        out = torch.empty((rows, columns + self.pad), dtype=torch.float8_e4m3fn, device=weight.device)
+        return out, self.operations.quantize_fp8(weight, None, 1.0, out)
+
+    def _refresh(self) -> None:
+        """This pass's adapters: in bfloat16, and at the weights' scales."""
+        if self._packed_in == self.workspace.generation or not self.rank:
+            return
+        assert self._weight is not None and self._weight_back is not None
+        self._pack(self._a, self._b)
+        self.operations.pack_fp8(self._b, self._scale, _FORWARD, self._weight[:, self.k :])
+        self.operations.pack_fp8(self._a.T, self._scale_back, 1.0 / _BACKWARD, self._weight_back[:, self.n :])
+        self._packed_in = self.workspace.generation
+
+    def room(self, wide: Tensor) -> Tensor:
+        if self._weight is None:
+            return super().room(wide)
+        return torch.empty((wide.shape[0], self.pad), dtype=wide.dtype, device=wide.device)
+
+    def project(self, wide: Tensor) -> Tensor:
+        if self._weight is None:
+            return super().project(wide)
+        self._refresh()
+        return wide @ self._a.T
+
+    def project_back(self, wide: Tensor) -> Tensor:
+        if self._weight is None:
+            return super().project_back(wide)
+        self._refresh()
+        return wide @ self._b
+
+    def _product(
+        self, x: Tensor, u: Tensor, factor: float, weight: Tensor, scale: Tensor, out: Tensor | None
+    ) -> Tensor:
+        operand = torch.empty((x.shape[0], weight.shape[1]), dtype=torch.float8_e4m3fn, device=x.device)
+        rows = self.operations.quantize_fp8(x, u if self.rank else None, factor, operand)
+        result = (
+            torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device) if out is None else out
+        )
+        torch._scaled_mm(
+            operand,
+            weight.T,
+            scale_a=rows,
+            scale_b=scale.T,
+            out_dtype=x.dtype,
+            use_fast_accum=True,
+            out=result,
+        )
+        return result
+
+    def forward(self, wide: Tensor, u: Tensor, out: Tensor | None = None) -> Tensor:
+        if self._weight is None:
+            return super().forward(wide, u, out)
+        self._refresh()
+        return self._product(wide, u, 1.0 / _FORWARD, self._weight, self._scale, out)
+
+    def backward(self, wide: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
+        if self._weight is None or self._weight_back is None:
+            return super().backward(wide, v, out)
+        self._refresh()
+        return self._product(wide, v, _BACKWARD, self._weight_back, self._scale_back, out)
