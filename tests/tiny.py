@@ -24,7 +24,7 @@ COMMON = dict(
     eos_token_id=5,
     max_position_embeddings=256,
 )
-GATED = dict(COMMON, intermediate_size=96, num_key_value_heads=2)
+GATED = dict(COMMON, intermediate_size=128, num_key_value_heads=2)
 ARCHITECTURES: dict[str, dict] = {
     "llama": GATED,
     "mistral": dict(GATED, sliding_window=None),
@@ -33,7 +33,7 @@ ARCHITECTURES: dict[str, dict] = {
     "gemma": dict(GATED, head_dim=16),
     "gemma2": dict(GATED, head_dim=16, sliding_window=32),
     "phi3": GATED,
-    "opt": dict(COMMON, ffn_dim=96, word_embed_proj_dim=64, dropout=0.0),
+    "opt": dict(COMMON, ffn_dim=128, word_embed_proj_dim=64, dropout=0.0),
 }
 
 

@@ -23,6 +23,7 @@ from transformers import (
 from qlora_trainer.errors import ConfigError, MissingInputError
 from qlora_trainer.model.source import resolve
 
+BLOCKSIZE = 64  # elements that share one quantization constant, bitsandbytes' default and the paper's
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -87,7 +88,7 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
     """
     source = resolve(name_or_path, revision)
     try:
-        return AutoTokenizer.from_pretrained(source, revision=revision)
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise MissingInputError(
             f"model.model_name_or_path: no tokenizer can be read from {source}: {_first_line(error)}"
@@ -122,6 +123,7 @@ def load_base(options: BaseOptions, device: torch.device) -> PreTrainedModel:
             dtype=options.dtype,
             quantization_config=quantization,
             device_map={"": device},
+            use_safetensors=True,  # never a pickle
             **shared,
         )
     except (OSError, ValueError, ImportError) as error:
@@ -130,8 +132,15 @@ def load_base(options: BaseOptions, device: torch.device) -> PreTrainedModel:
         ) from error
     model.config.use_cache = False  # a key-value cache is of no use in training; generation sets its own
     model.requires_grad_(False)
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
+            if device.type == "cpu" and module.in_features % BLOCKSIZE:
+                # Seen with bitsandbytes 0.50.2: a 64 x 96 weight comes back with 28% error instead of 9%.
+                raise ConfigError(
+                    f"quantization.method={options.method}: on a CPU, bitsandbytes misreads 4-bit weights whose "
+                    f"width is no multiple of {BLOCKSIZE}, such as {name} ({module.in_features}): "
+                    "use a GPU, or quantization.method=int8 or none"
+                )
             # On CPUs with AVX512-BF16 the first evaluation would repack the weight in place and round its
             # constants to bfloat16: what is evaluated, and trained from then on, would be another base.
             module.support_avx512bf16_for_cpu = False

@@ -46,6 +46,20 @@ def test_evaluating_leaves_the_quantized_base_bit_unchanged(folder):
     assert torch.equal(layer.weight.quant_state.absmax, before[1])
 
 
+def test_a_width_that_bitsandbytes_misreads_on_a_cpu_is_refused(tmp_path):
+    folder = str(tiny.save(tmp_path, intermediate_size=96))
+    with pytest.raises(ConfigError, match=r"down_proj \(96\)"):
+        load_base(BaseOptions(folder), CPU)
+    load_base(BaseOptions(folder, method="int8"), CPU)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 128), (5, 192), (576, 1536)])
+def test_quantization_error_is_that_of_nf4_for_the_widths_we_accept(shape):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    restored = bnb.functional.dequantize_4bit(*bnb.functional.quantize_4bit(weight, quant_type="nf4"))
+    assert 0.08 < ((restored - weight).norm() / weight.norm()).item() < 0.1
+
+
 def published_nf4() -> torch.Tensor:
     """The 16 levels by the paper's construction (QLoRA, appendix E): quantiles of N(0, 1), an exact zero."""
     offset = 0.5 * ((1 - 1 / 30) + (1 - 1 / 32))
