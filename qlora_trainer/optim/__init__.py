@@ -3,7 +3,8 @@
 gradients.py   one flat float32 gradient buffer that every parameter's `main_grad` is a view of
 pages.py       where the state lives: fixed pages on the device or in pinned host memory
 adamw.py       AdamW over those pages: float32 masters, 32- or 8-bit moments
-eight_bit.py   how moments are kept in 8 bits
+update.py      what a step applies to every page, and the float32 update
+eight_bit.py   the update of 8-bit moments
 managed.py     bitsandbytes' own paged AdamW behind the same interface, for comparison
 state.py       the check of a saved state before it is loaded
 schedule.py    step -> learning rate

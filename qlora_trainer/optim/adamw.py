@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from qlora_trainer.optim.gradients import ALIGNMENT, FlatGradients, Span
 from qlora_trainer.optim.pages import PAGE_ELEMENTS, Field, Page, Pages
 from qlora_trainer.optim.state import check_state
+from qlora_trainer.optim.update import Update, adamw_
 
 if TYPE_CHECKING:
-    from qlora_trainer.optim.eight_bit import EightBitMoments
+    from qlora_trainer.optim.eight_bit import EightBitUpdate
 
 FIELDS = {
     32: {"master": Field(torch.float32), "exp_avg": Field(torch.float32), "exp_avg_sq": Field(torch.float32)},
@@ -33,13 +34,17 @@ FIELDS = {
 }
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """What of a page belongs to one parameter (which may lie across pages)."""
+@dataclass
+class _Copies:
+    """Views that write a page's master (at address `master`) into the parameters it belongs to.
 
-    target: Tensor  # flat view of the parameter
-    start: int  # in the page
-    stop: int
+    A parameter may lie across pages. Kept from step to step: making thousands of views takes the host
+    longer than the update takes the device.
+    """
+
+    master: int
+    targets: list[Tensor]
+    sources: list[Tensor]
 
 
 class AdamW:
@@ -84,20 +89,10 @@ class AdamW:
             page_elements=page_elements,
         )
         self._steps = torch.zeros((), dtype=torch.float32, device=device)
-        self._pieces = {page.start: self._pieces_of(page) for page in self.pages.pages}
-        self._moments = _eight_bit_moments(device) if state_bits == 8 else None
+        self._copies: dict[int, _Copies] = {}  # by the page's start
+        self._eight_bit = _eight_bit_update(device) if state_bits == 8 else None
         for span in self.gradients.spans:
             self.pages.write("master", span.start, span.parameter.detach().float().reshape(-1))
-
-    def _pieces_of(self, page: Page) -> list[_Piece]:
-        pieces = []
-        for span in self.gradients.spans:
-            first, last = max(span.start, page.start), min(span.stop, page.stop)
-            if first < last:
-                flat = span.parameter.detach().view(-1)
-                target = flat[first - span.start : last - span.start]
-                pieces.append(_Piece(target, first - page.start, last - page.start))
-        return pieces
 
     @torch.no_grad()
     def step(self, lr: float, max_grad_norm: float = 0.0) -> Tensor:
@@ -108,72 +103,55 @@ class AdamW:
         """
         self.gradients.check_storage()
         norm = self.gradients.norm()
-        skip = ~torch.isfinite(norm)
-        # torch.nn.utils.clip_grad_norm_ multiplies by min(1, max/(norm+1e-6)); the kernel divides.
-        divisor = ((norm + 1e-6) / max_grad_norm).clamp(min=1.0) if max_grad_norm > 0 else None
-        self._steps += ~skip
+        finite = torch.isfinite(norm)
+        self._steps += finite
+        # torch.nn.utils.clip_grad_norm_ multiplies by min(1, max/(norm+1e-6)); the kernels divide.
+        divisor = (norm + 1e-6) / max_grad_norm if max_grad_norm > 0 else torch.ones_like(norm)
+        update = Update(
+            lr,
+            self.betas,
+            self.eps,
+            self.weight_decay,
+            self._steps,
+            divisor.clamp(min=1.0),
+            (~finite).float(),
+        )
         for pages in self.pages.stream():
-            if self._moments is None:
-                self._update(
-                    [page.tensors["master"] for page in pages],
-                    [self.grad[page.start : page.stop] for page in pages],
-                    [page.tensors["exp_avg"] for page in pages],
-                    [page.tensors["exp_avg_sq"] for page in pages],
-                    lr=lr,
-                    divisor=divisor,
-                    skip=skip,
+            gradients = [self.grad[page.start : page.stop] for page in pages]
+            if self._eight_bit is None:
+                masters, exp_avgs, exp_avg_sqs = (
+                    [page.tensors[name] for page in pages] for name in ("master", "exp_avg", "exp_avg_sq")
                 )
+                adamw_(masters, gradients, exp_avgs, exp_avg_sqs, update)
             else:
-                for page in pages:
-                    exp_avg, exp_avg_sq = self._moments.decode(page.tensors)
-                    gradient = self.grad[page.start : page.stop]
-                    self._update(
-                        [page.tensors["master"]], [gradient], [exp_avg], [exp_avg_sq],
-                        lr=lr, divisor=divisor, skip=skip,
-                    )  # fmt: skip
-                    self._moments.encode(page.tensors, exp_avg, exp_avg_sq, keep=skip)
+                for page, gradient in zip(pages, gradients, strict=True):
+                    self._eight_bit(page.tensors, gradient, update)
             self._write_parameters(pages)
         return norm
 
-    def _update(
-        self,
-        masters: list[Tensor],
-        gradients: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        *,
-        lr: float,
-        divisor: Tensor | None,
-        skip: Tensor,
-    ) -> None:
-        """The kernel of torch.optim.AdamW(fused=True); it also stores the clipped gradients."""
-        torch._fused_adamw_(
-            masters,
-            gradients,
-            exp_avgs,
-            exp_avg_sqs,
-            [],
-            [self._steps] * len(masters),
-            lr=lr,
-            beta1=self.betas[0],
-            beta2=self.betas[1],
-            weight_decay=self.weight_decay,
-            eps=self.eps,
-            amsgrad=False,
-            maximize=False,
-            grad_scale=divisor,
-            found_inf=skip.float(),
-        )
-
     def _write_parameters(self, pages: list[Page]) -> None:
         """Parameters become the round-to-nearest-even of their masters (exact for float32)."""
-        targets, sources = [], []
+        targets: list[Tensor] = []
+        sources: list[Tensor] = []
         for page in pages:
-            for piece in self._pieces[page.start]:
-                targets.append(piece.target)
-                sources.append(page.tensors["master"][piece.start : piece.stop])
+            master = page.tensors["master"]
+            copies = self._copies.get(page.start)
+            if copies is None or copies.master != master.data_ptr():
+                copies = self._copies[page.start] = self._copies_of(page, master)
+            targets += copies.targets
+            sources += copies.sources
         if targets:
             torch._foreach_copy_(targets, sources)
+
+    def _copies_of(self, page: Page, master: Tensor) -> _Copies:
+        copies = _Copies(master.data_ptr(), [], [])
+        for span in self.gradients.spans:
+            first, last = max(span.start, page.start), min(span.stop, page.stop)
+            if first < last:
+                flat = span.parameter.detach().view(-1)
+                copies.targets.append(flat[first - span.start : last - span.start])
+                copies.sources.append(master[first - page.start : last - page.start])
+        return copies
 
     def zero_grad(self) -> None:
         """Set all gradients to zero."""
@@ -238,7 +216,7 @@ class AdamW:
         return torch.Size([self.pages.fields[name].entries(self._stop(name, span) - span.start)])
 
 
-def _eight_bit_moments(device: torch.device) -> EightBitMoments:
-    from qlora_trainer.optim.eight_bit import EightBitMoments  # imports bitsandbytes
+def _eight_bit_update(device: torch.device) -> EightBitUpdate:
+    from qlora_trainer.optim.eight_bit import EightBitUpdate  # imports bitsandbytes
 
-    return EightBitMoments(device)
+    return EightBitUpdate(device)

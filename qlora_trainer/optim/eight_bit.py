@@ -2,8 +2,9 @@
 
 Every block of 256 elements keeps its largest magnitude (`absmax`, float32) and 256 codes of
 bitsandbytes' dynamic map: 1.016 bytes for each moment and element instead of 4. The update itself
-runs in float32; bitsandbytes' one-call 8-bit optimizer is not used because it takes the step number
-and the clipping factor as host values, and a step must not wait for the device.
+runs in float32: in one kernel on a GPU (`kernels/adamw_8bit.py`), on a CPU composed of PyTorch's update
+between bitsandbytes' decoding and encoding, which is also the kernel's specification. bitsandbytes' own
+8-bit optimizer takes the step number and the clipping factor from the host; a step here never waits.
 """
 
 from __future__ import annotations
@@ -14,41 +15,55 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
+from qlora_trainer.optim.update import Update, adamw_
+
 BLOCK = 256  # elements
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class EightBitMoments:
-    """Between a page's 8-bit fields and the float32 moments of its update.
-
-    The fields are `exp_avg` and `exp_avg_sq`, uint8 [n], and their `_absmax`, float32 [n/256].
-    """
+class EightBitUpdate:
+    """AdamW on pages whose moments are uint8 [n] with a float32 [n/256] field `<moment>_absmax`."""
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         # The second moment is never negative: its map has no sign and twice the resolution.
-        self.codes = {
-            name: bnb.create_dynamic_map(signed=signed).to(device)
-            for name, signed in (("exp_avg", True), ("exp_avg_sq", False))
-        }
+        self.codes = {name: bnb.create_dynamic_map(signed=name == "exp_avg").to(device) for name in MOMENTS}
+        if device.type == "cuda":
+            from qlora_trainer.kernels import adamw_8bit  # imports Triton
 
-    def decode(self, page: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The two moments, float32 [n] each."""
+            self._kernel = adamw_8bit.adamw_8bit_
+            self._tables = {name: (code, adamw_8bit.borders(code)) for name, code in self.codes.items()}
+
+    def __call__(self, page: Mapping[str, Tensor], gradient: Tensor, update: Update) -> None:
+        """Master and moments of one page, in place; no bit changes where the step is skipped."""
+        if self.device.type == "cuda":
+            scalars = (update.divisor, update.skip, update.bias)
+            self._kernel(
+                page,
+                gradient,
+                self._tables,
+                scalars,
+                update.lr,
+                update.betas,
+                update.eps,
+                update.weight_decay,
+            )
+        else:
+            self.composed(page, gradient, update)
+
+    def composed(self, page: Mapping[str, Tensor], gradient: Tensor, update: Update) -> None:
+        """The same, one operation after the other."""
         exp_avg, exp_avg_sq = (
             torch.ops.bitsandbytes.dequantize_blockwise(
-                page[name], page[f"{name}_absmax"], code, BLOCK, torch.float32
+                page[name], page[f"{name}_absmax"], self.codes[name], BLOCK, torch.float32
             )
-            for name, code in self.codes.items()
+            for name in MOMENTS
         )
-        return exp_avg, exp_avg_sq
-
-    def encode(
-        self, page: Mapping[str, Tensor], exp_avg: Tensor, exp_avg_sq: Tensor, *, keep: Tensor
-    ) -> None:
-        """Write the moments into the page's fields, or leave them where `keep` (bool []) is set.
-
-        Decoding and encoding again is not the identity (the signed map has no -1), so a skipped step
-        must keep the old codes themselves.
-        """
-        for (name, code), values in zip(self.codes.items(), (exp_avg, exp_avg_sq), strict=True):
-            new, new_absmax = torch.ops.bitsandbytes.quantize_blockwise(values, code, BLOCK)
-            for field, value in ((page[name], new), (page[f"{name}_absmax"], new_absmax)):
+        adamw_([page["master"]], [gradient], [exp_avg], [exp_avg_sq], update)
+        # Decoding and encoding again is not the identity (the signed map has no -1), so a skipped step
+        # must keep the old codes themselves.
+        keep = update.skip.bool()
+        for name, values in zip(MOMENTS, (exp_avg, exp_avg_sq), strict=True):
+            new, absmax = torch.ops.bitsandbytes.quantize_blockwise(values, self.codes[name], BLOCK)
+            for field, value in ((page[name], new), (page[f"{name}_absmax"], absmax)):
                 torch.where(keep, field, value, out=field)

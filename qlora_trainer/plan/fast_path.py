@@ -10,6 +10,7 @@ M tokens of the micro-batch. All results are bytes of one micro-batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qlora_trainer.plan.settings import Settings
@@ -94,6 +95,10 @@ class FastPath:
 
     def on_host(self, policy: str) -> int:
         return self.settings.tokens * self._wide() if policy == "offload" else 0
+
+    def in_flight(self, policies: Sequence[str]) -> int:
+        """What still leaves for the host when the head runs: the last two layers (`HostStore.put`)."""
+        return sum(self.on_host(policy) for policy in policies[-2:])
 
     def repeats(self, policy: str) -> str:
         """What of a layer's forward pass runs twice; the down projection never does."""

@@ -139,7 +139,7 @@ def step_phase(
     """
     each = {policy: (path.kept(policy), path.work(policy)) for policy in set(policies)}
     kept = list(accumulate(each[policy][0] for policy in policies))
-    head = path.head(backward=True)
+    head = path.head(backward=True) + path.in_flight(policies)
     layer = max(below + each[policy][1] for policy, below in zip(policies, kept, strict=True))
     peak = max(kept[-1] + head, layer)
     activations = kept[-1] if peak > layer else peak

@@ -7,6 +7,8 @@ again). All results are bytes of one micro-batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from qlora_trainer.plan.settings import Settings
 from qlora_trainer.plan.shapes import ModelShape
 
@@ -26,6 +28,9 @@ class ReferencePath:
         return self.settings.tokens * self.settings.dtype_bytes * self.shape.hidden
 
     def on_host(self, policy: str) -> int:
+        return 0
+
+    def in_flight(self, policies: Sequence[str]) -> int:
         return 0
 
     def repeats(self, policy: str) -> str:
