@@ -18,7 +18,9 @@ from urllib.request import Request, urlopen
 from qlora_trainer.config import checks
 from qlora_trainer.config.claim import refuse_foreign
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.config.watch import plain
+from qlora_trainer.config.watch import as_dict, plain
+from qlora_trainer.data.options import DataOptions
+from qlora_trainer.data.scan import check_rows
 from qlora_trainer.errors import ConfigError, MissingInputError
 from qlora_trainer.model import source
 
@@ -57,6 +59,8 @@ def check(config: RunConfig, command: str) -> None:
         source.resolve(
             name, config.model.revision
         )  # a built-in one is converted on first use: that is loading
+    if command in checks.NEEDS_DATA:
+        check_rows(DataOptions(**as_dict(config.data)), config.seed)
 
 
 def stay_offline_if_the_hub_is_silent(timeout_seconds: float = 2.0) -> None:

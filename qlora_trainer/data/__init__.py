@@ -7,11 +7,14 @@ Comes in: `DataOptions` and a tokenizer. Goes out: `TokenizedData` and, from it,
     loader = Loader(data, micro_batch_size=4, accumulation=4, max_length=512, packing=False, …)
     loader.step(epoch=0, index=17)
 
-options.py   what the room is told            rows.py      files to rows, with their lines
-sources.py   files, folders, hub, built-in    formats.py   rows to checked examples
+options.py   what the room is told            sources.py   files, folders, hub, built-in
+rows.py      files to rows, with their lines  trees.py     OASST messages to trees
+formats.py   rows to checked examples         scan.py      every row read and checked, without torch
 chat.py      templates, and where turns lie   encode.py    examples to ids and loss weights
-store.py     documents on disk                build.py     all of the above behind one cached call
-packing.py   documents to packs               loader.py    (seed, epoch, index) to batches
+parallel.py  encoding by several processes    store.py     documents on disk
+build.py     all of the above, cached         packing.py   documents to packs
+loader.py    (seed, epoch, index) to batches  batch.py     what the model gets
+survey.py    what there is to learn from      screen.py    … on the terminal; page.py: … as a page
 """
 
 from importlib import import_module

@@ -8,7 +8,8 @@ A row that does not fit its format raises `RowError(field, problem)`; who reads 
     sharegpt           conversations: [{from, value}]
     prompt_completion  prompt, completion: texts, or lists of messages (also: input, output)
     text               text: one document, every token supervised
-    oasst              a message tree; the best-ranked reply at each level (the QLoRA paper's choice)
+    oasst              a message tree, or its messages a row each (`trees.py`); the best-ranked reply at each
+                       level, the QLoRA paper's choice
 """
 
 from __future__ import annotations
@@ -44,8 +45,11 @@ class RowError(Exception):
     """A row that does not fit its format."""
 
     def __init__(self, field: str, text: str) -> None:
-        super().__init__(f"{field}: {text}")
+        super().__init__(field, text)
         self.problem = Problem(field, text)
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, self.problem))
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,8 @@ class Loader:
 
     def heaviest(self, epoch: int) -> Batch:
         """The micro-batch of `epoch` with the most tokens, padding included: the one to rehearse with."""
-        return self._collate(max(self._micro_batches(epoch), key=lambda units: len(units) * self.width(units)))
+        micro_batches = self._micro_batches(epoch)
+        return self._collate(max(micro_batches, key=lambda units: len(units) * self.width(units)))
 
     def _collate(self, units: Sequence[Order]) -> Batch:
         return collate(self.data, units, self.width(units), self.pad_id)

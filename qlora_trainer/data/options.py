@@ -7,6 +7,7 @@ options are made, so a wrong one ends the run before a file is opened.
 from __future__ import annotations
 
 import difflib
+import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,11 @@ class DataOptions:
         merged = shared | entry
         merged["columns"] = tuple(sorted((merged["columns"] or {}).items()))
         return Source(**merged)
+
+    def cache_folder(self, given: str | Path | None = None) -> Path:
+        """Where tokenized data are kept: `given`, `data.cache_dir`, or the user's cache."""
+        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "qlora_trainer" / "tokenized"
+        return Path(given or self.cache_dir or base).expanduser()
 
     def key(self) -> dict[str, Any]:
         """The settings that change which tokens come out (not where they are kept or who reads them)."""

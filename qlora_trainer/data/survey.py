@@ -12,12 +12,12 @@ from itertools import islice
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from qlora_trainer.data.build import RowSplit, SourceReader
 from qlora_trainer.data.chat import ChatTemplate
 from qlora_trainer.data.encode import Encoder, Masking
 from qlora_trainer.data.formats import Example
 from qlora_trainer.data.loader import Loader
 from qlora_trainer.data.options import DataOptions
+from qlora_trainer.data.scan import RowSplit, SourceReader
 from qlora_trainer.data.sources import open_source
 from qlora_trainer.data.store import Ledger, TokenizedData
 
@@ -152,7 +152,7 @@ def check_prompts(
     if data.chat_template is not None:
         template = ChatTemplate(data.chat_template, data.template_origin or "", tokenizer)
     encoder = Encoder(tokenizer, template, max_length=2**31, overlong="drop", masking=Masking())
-    split = RowSplit(0.0 if options.eval_path else options.eval_fraction, seed, role)
+    split = RowSplit.of(options, role, seed)
     compared = same = 0
     difference = None
     for source in options.sources(role):

@@ -92,7 +92,7 @@ def test_bad_data_is_refused_with_file_line_and_field(load: Load, tmp_path: Path
     with pytest.raises(DataError, match=message) as caught:
         load(tmp_path / file)
     assert caught.value.exit_code == 65
-    left = [path for path in tmp_path.glob("cache/*") if path.suffix != ".lock"]
+    left = [path for path in tmp_path.glob("cache/*") if path.suffix != ".lock" and path.name != "scans"]
     assert not left, "nothing of a failed build stays"
 
 
@@ -237,7 +237,11 @@ def test_builtin_restaurant_has_its_three_splits(load: Load) -> None:
 
 
 def entries(tmp_path: Path) -> list[str]:
-    return sorted(path.name for path in (tmp_path / "cache").iterdir() if not path.name.startswith("."))
+    return sorted(
+        path.name
+        for path in (tmp_path / "cache").iterdir()
+        if not path.name.startswith(".") and path.name != "scans"
+    )
 
 
 def test_a_second_start_reads_the_cache_and_opens_no_row(
@@ -245,6 +249,7 @@ def test_a_second_start_reads_the_cache_and_opens_no_row(
 ) -> None:
     first = load(rows_file)
     monkeypatch.setattr(build, "SourceReader", None)
+    monkeypatch.setattr(build, "scan", None)
     second = load(rows_file)
     assert second.fingerprint == first.fingerprint and second.folder == first.folder
 
@@ -298,15 +303,15 @@ def test_tokenizer_fingerprint_sees_template_special_tokens_and_vocabulary() -> 
 def test_a_file_edited_during_the_build_is_refused(
     load: Load, rows_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = build._Build._tokenize
+    original = build._write
 
-    def edited(self: Any, *given: Any) -> int:
-        kept = original(self, *given)
+    def edited(*given: Any, **named: Any) -> int:
+        kept = original(*given, **named)
         with rows_file.open("a") as stream:
             stream.write(json.dumps(GOOD) + "\n")
         return kept
 
-    monkeypatch.setattr(build._Build, "_tokenize", edited)
+    monkeypatch.setattr(build, "_write", edited)
     with pytest.raises(DataError, match="changed while it was read"):
         load(rows_file)
 
@@ -335,10 +340,39 @@ def test_processes_that_build_at_once_get_the_same_whole_data(rows_file: Path, t
     assert not list((tmp_path / "cache").glob(".building-*"))
 
 
+def test_many_rows_are_encoded_by_processes_with_the_same_result(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(
+        dump(*(ROWS * 20), {**GOOD, "output": 5}, {**GOOD, "output": ""}, {**GOOD, "output": "so " * 99})
+    )
+    alone = load(path, on_bad_row="skip")
+    monkeypatch.setattr(build, "MANY_ROWS", 1)
+    monkeypatch.setattr(build, "BATCH", 100)
+    monkeypatch.setattr(build, "processes", lambda: 3)
+    notes = alone.ledger.notes
+    ledger = list(alone.ledger.rows())
+    shutil.rmtree(alone.folder)
+    again = load(path, on_bad_row="skip")
+    assert again.fingerprint == alone.fingerprint
+    assert (again.ledger.kept, again.ledger.notes) == (1201, notes) == (1201, {"truncated": 21})
+    assert list(again.ledger.rows()) == ledger and len(ledger) == 2
+
+
+def test_a_fault_in_a_process_is_told_as_if_it_were_here(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "MANY_ROWS", 1)
+    monkeypatch.setattr(build, "processes", lambda: 2)
+    with pytest.raises(DataError, match=r"rows\.jsonl:14: length: 132 tokens, train.max_length is 128"):
+        load(write_jsonl(tmp_path / "rows.jsonl", ROWS), overlong="error")
+
+
 def test_publishing_after_somebody_else_keeps_theirs(load: Load, rows_file: Path, tmp_path: Path) -> None:
     """Without the lock (another machine on a shared disk) two builds race to the rename."""
     data = load(rows_file)
-    [place] = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    place = data.folder
     stamp = (place / "manifest.json").stat().st_mtime_ns
     writer = build.Writer(place)
     writer.add(data.document(0), 0, "x", 1)
