@@ -33,6 +33,7 @@ from qlora_trainer.model.fuse import GraphedMicroStep, fuse
 from qlora_trainer.model.fused.decoder import FusedForward
 from qlora_trainer.model.load import BaseOptions, load_base, load_tokenizer, pick_device
 from qlora_trainer.model.lora import attach
+from qlora_trainer.model.offload import LayerStream, offload_layers
 from qlora_trainer.model.source import resolve
 from qlora_trainer.optim import make_optimizer, schedule
 from qlora_trainer.plan import screen
@@ -77,7 +78,7 @@ def run(config: RunConfig) -> None:
             code, message = error.exit_code, str(error)
             raise
         finally:
-            status.finish(code, message)
+            status.finish(code, Redactor().text(message))
             if code == PreemptedError.exit_code:
                 ranks.wait()  # a launcher ends all as soon as one is gone, rank 0 with its last word unsaid
 
@@ -116,7 +117,7 @@ def _train(run: _Run) -> None:
     plan = _plan(run, data)
 
     with signals.phase("loading", interruptible=True):
-        model = _load_model(run, base)
+        model = _load_model(run, base, plan)
         forward = _forward(run, model, plan)
         optimizer = make_optimizer(
             config.optim.name,
@@ -139,7 +140,11 @@ def _train(run: _Run) -> None:
     if not ranks.main:
         return
     measured = ""
-    if held_out:
+    if held_out and plan.offload != "none":
+        run.say(
+            f"[yellow]model.offload={plan.offload}: compare with the base by `evaluate run={run.folder}`"
+        )
+    elif held_out:
         with signals.phase("evaluating", interruptible=True):
             stops = stop_ids(tokenizer, model.get_base_model().generation_config)
             # The reference honours a switched-off adapter: base and tuned go through the same code.
@@ -151,8 +156,8 @@ def _train(run: _Run) -> None:
             tokenizer,
             run.folder / "adapter",
             TrainedOn.with_options(base, ranks.device),
-            data=data.sources,
-            settings=as_dict(config),
+            data=Redactor().tree(data.sources),
+            settings=Redactor().tree(as_dict(config)),
             measured=measured,
             title=run.folder.resolve().name,
         )
@@ -161,12 +166,15 @@ def _train(run: _Run) -> None:
     run.say(_what_next(run.folder, base.name_or_path))
 
 
-def _load_model(run: _Run, base: BaseOptions) -> PeftModel:
-    config = run.config
+def _load_model(run: _Run, base: BaseOptions, plan: RunPlan) -> PeftModel:
+    config, device = run.config, run.ranks.device
     started = time.monotonic()
-    model = load_base(base, run.ranks.device)
+    streamed = plan.offload == "layers"
+    model = load_base(base, torch.device("cpu") if streamed else device)
     adapted = attach(model, wiring.lora_options(config), config.seed)
     adapted.train()
+    if streamed:
+        offload_layers(adapted, model.model.layers, device)
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     double = " + double quantization" if base.double_quant else ""
     run.say(
@@ -202,7 +210,12 @@ def _forward(run: _Run, model: PeftModel, plan: RunPlan) -> FusedForward | Refer
             activations=plan.policies,
             base_gemm=config.train.base_gemm,
             resident_bytes=plan.dequantized if device.type == "cuda" else None,
+            embeddings="device" if plan.offload == "none" else "host",
         )
+        if plan.offload == "layers":
+            if not isinstance(forward, FusedForward):
+                raise ConfigError(f"model.offload=layers needs the fast path: {'; '.join(report.lines())}")
+            LayerStream(forward)
         for line in report.lines():
             run.say(f"[dim]         {line}")
     if isinstance(forward, ReferenceForward) and "full" in plan.policies:
@@ -355,7 +368,8 @@ def _trackers(run: _Run, total: int, step: int) -> list[Tracker]:
     track = run.config.track
     if "wandb" in track.report_to:
         run_id = hashlib.sha256(str(run.folder.resolve()).encode()).hexdigest()[:12]
-        trackers.append(WandbTracker(track.project, run.folder, Redactor().tree(as_dict(run.config)), run_id))
+        settings = Redactor().tree(as_dict(run.config))
+        trackers.append(WandbTracker(settings["track"]["project"], run.folder, settings, run_id))
     return trackers
 
 
