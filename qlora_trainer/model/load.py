@@ -15,7 +15,9 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    AwqConfig,
     BitsAndBytesConfig,
+    GPTQConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -144,10 +146,13 @@ def load_base(options: BaseOptions, device: torch.device) -> PreTrainedModel:
             # On CPUs with AVX512-BF16 the first evaluation would repack the weight in place and round its
             # constants to bfloat16: what is evaluated, and trained from then on, would be another base.
             module.support_avx512bf16_for_cpu = False
+            module.compute_dtype = options.compute_dtype  # a stored 4-bit checkpoint brings its own
     return model
 
 
-def _quantization_config(options: BaseOptions, config: Any) -> BitsAndBytesConfig | None:
+def _quantization_config(
+    options: BaseOptions, config: Any
+) -> BitsAndBytesConfig | GPTQConfig | AwqConfig | None:
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
         found = _stored_method(stored)
@@ -156,6 +161,10 @@ def _quantization_config(options: BaseOptions, config: Any) -> BitsAndBytesConfi
                 f"quantization.method={options.method}, but {options.name_or_path} is already stored as "
                 f"{found}: set quantization.method={found}"
             )
+        if found in ("gptq", "awq"):  # the fastest kernels give no gradient
+            bits = stored["bits"] if isinstance(stored, dict) else stored.bits
+            kind = GPTQConfig if found == "gptq" else AwqConfig
+            return kind(bits=bits, backend="auto_trainable")
         return None  # transformers reads it from the checkpoint
     if options.method in ("nf4", "fp4"):
         return BitsAndBytesConfig(

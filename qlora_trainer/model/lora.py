@@ -38,6 +38,9 @@ def attach(model: PreTrainedModel, options: LoraOptions, seed: int) -> peft.Peft
         ConfigError: a target or a module to save is not in the model.
     """
     targets = options.target_modules
+    packed = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "qweight")}
+    if targets == "all-linear" and packed:
+        targets = sorted(packed)  # PEFT does not count GPTQ's and AWQ's layers as linear ones
     config = peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM,
         r=options.r,
