@@ -84,7 +84,7 @@ class Encoder:
         self.bos, self.eos = tokenizer.bos_token_id, int(tokenizer.eos_token_id)
         self.added = frozenset(tokenizer.added_tokens_decoder)
         self.prefix = prefix_ids(tokenizer)
-        self.notes: Counter[str] = Counter()
+        self.notes: Counter[str] = Counter()  # rows by note; see screen.NOTES
 
     def __call__(self, examples: Sequence[Example]) -> list[list[Document] | Dropped | RowError]:
         """One result per example, in order: its documents (several only if split), or why there are none."""
@@ -150,6 +150,8 @@ class Encoder:
         if (
             not closed
         ):  # the template (or the raw text) prints no end: EOS is ours to add, with the answer's weight
+            if example.raw and int(tokens[-1]) in self.added:
+                self.notes["other_end"] += 1
             if not example.raw:
                 self.notes["eos_added"] += 1
                 tokens, weights = tokens[: answer[1]], weights[: answer[1]]

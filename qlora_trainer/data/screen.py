@@ -27,9 +27,10 @@ NOTES = {
     "double_bos": "begin with two BOS tokens: take one out of the template or the text",
     "missing_bos": "begin without the BOS that this tokenizer puts before plain text",
     "eos_added": "got an EOS after the last answer, because the template prints no end of turn",
+    "other_end": "end with an added token of their own, before the EOS that stops generation",
     "prompt_differs": "have a prompt that the template renders otherwise at inference",
 }
-WORRYING = ("double_bos", "missing_bos", "prompt_differs")
+WORRYING = ("double_bos", "missing_bos", "other_end", "prompt_differs")
 
 
 def show(surveys: dict[str, Survey], console: Console) -> None:

@@ -65,7 +65,7 @@ class Ledger:
     read: int
     kept: int  # rows that gave at least one document
     dropped: dict[str, int]  # reason -> rows
-    notes: dict[str, int]  # truncated, split, double_bos, missing_bos, eos_added, prompt_differs -> rows
+    notes: dict[str, int]  # truncated, split, double_bos, … (screen.NOTES) -> rows
     path: Path | None = None
 
     def rows(self) -> Iterator[DroppedRow]:

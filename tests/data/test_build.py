@@ -227,6 +227,35 @@ def test_prompts_are_those_of_training_with_the_answer_apart(load: Load, tmp_pat
     assert list(data.prompts(tokenizer("qwen3"), limit=0)) == []
 
 
+def test_hub_datasets_are_read_and_their_errors_told_in_one_line(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    from qlora_trainer.data import sources
+
+    asked: list[tuple[Any, ...]] = []
+
+    def load_dataset(path: str, name: str | None, **options: Any) -> Any:
+        asked.append((path, name, options["split"], options["revision"]))
+        if path == "some/typo":
+            raise datasets.exceptions.DatasetNotFoundError("Dataset 'some/typo' doesn't exist on the Hub")
+        if options["split"] == "trian":
+            raise ValueError("Unknown split \"trian\". Should be one of ['train'].\nmore")
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(sources, "_hub_answers", lambda: True)
+    data = load("some/data", name="part", revision="abc", max_rows=7)
+    assert len(data) == 7 and data.where(6) == "some/data:train:7"
+    assert asked[0] == ("some/data", "part", "train", "abc")
+    assert load("some/data", name="part", revision="abc", max_rows=7).folder == data.folder
+    with pytest.raises(MissingInputError, match="no dataset of that name"):
+        load("some/typo")
+    with pytest.raises(ConfigError, match=r'some/data: Unknown split "trian"[^\n]*$'):
+        load("some/data", split="trian")
+
+
 def test_builtin_restaurant_has_its_three_splits(load: Load) -> None:
     train = load("builtin:restaurant", max_length=512)
     held = load("builtin:restaurant", eval_path="builtin:restaurant/eval_names", role="eval", max_length=512)
