@@ -13,12 +13,14 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 from qlora_trainer import __version__, commands
 from qlora_trainer.errors import ConfigError, QLoRAError
 from qlora_trainer.track.quiet import quiet_libraries
+from qlora_trainer.track.redact import masked_output
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
@@ -57,7 +59,11 @@ class Line:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    with masked_output():
+        return _main(sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: Sequence[str]) -> int:
     verbose = bool({"-v", "--verbose"} & set(argv)) or os.environ.get("QLORA_TRACEBACK", "0") not in ("", "0")
     try:
         return _run(_read(argv))
@@ -98,14 +104,16 @@ def _run(line: Line) -> int:
         return _sweep(line)
 
     from qlora_trainer.config import load, preflight
+    from qlora_trainer.train.signals import leaving_at_once
 
     if line.command == "train" and not line.keys:
         print(_usage(), file=sys.stderr)
         return ConfigError.exit_code
-    config = load.load(line.keys, line.command)
-    preflight.check(config, line.command)
-    quiet_libraries()
-    importlib.import_module(f"qlora_trainer.commands.{line.command}").run(config)
+    with leaving_at_once() if line.command == "train" else nullcontext():
+        config = load.load(line.keys, line.command)
+        preflight.check(config, line.command)
+        quiet_libraries()
+        importlib.import_module(f"qlora_trainer.commands.{line.command}").run(config)
     return 0
 
 

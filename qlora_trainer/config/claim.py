@@ -21,6 +21,7 @@ from qlora_trainer.config.load import to_yaml
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.config.watch import as_dict
 from qlora_trainer.errors import CheckpointError, ConfigError
+from qlora_trainer.track.redact import Redactor
 
 IDENTITY = (
     "recipe",
@@ -57,7 +58,7 @@ def claim_output_dir(config: RunConfig, required_bytes: int = 64 * 2**20) -> Pat
                 f"output_dir: {folder} has {free / 2**30:.1f} GiB free and the run needs "
                 f"{required_bytes / 2**30:.1f} GiB; make room or set output_dir=/another/disk"
             )
-        _write(folder / CONFIG_FILE, to_yaml(config))
+        _write(folder / CONFIG_FILE, Redactor().text(to_yaml(config)))
     except OSError as error:
         raise CheckpointError(
             f"output_dir: {folder} {_reason(error)}; set output_dir=/a/writable/folder"
@@ -96,8 +97,9 @@ def refuse_foreign(config: RunConfig) -> None:
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"output_dir: {file} is not readable as a configuration; {remedy}") from error
     mine = OmegaConf.create(as_dict(config))
+    redactor = Redactor()  # what is on the disk has no secrets in it
     for key in IDENTITY:
-        before, now = _plain(OmegaConf.select(previous, key)), _plain(OmegaConf.select(mine, key))
+        before, now = (redactor.tree(_plain(OmegaConf.select(side, key))) for side in (previous, mine))
         if before != now:
             raise ConfigError(
                 f"output_dir: {folder} belongs to another configuration ({key} was {before}, is {now}); "

@@ -130,6 +130,8 @@ def put_adapter(model: PreTrainedModel, adapter: Path) -> peft.PeftModel:
     Raises:
         CheckpointError: unreadable, or tensors of other shapes than this base asks for.
     """
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise CheckpointError(f"{adapter}: no adapter_model.safetensors in it, and no pickle is read")
     try:
         tuned = peft.PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
     except (SafetensorError, OSError, ValueError) as error:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from typing import Any
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any, TextIO, cast
 
 MASK = "***"
 _SECRET_NAME = re.compile(
@@ -29,7 +31,8 @@ _SHAPES = re.compile(
     r"|xox[abprs]-[A-Za-z0-9-]{10,}"  # Slack
     r"|wandb_v1_[A-Za-z0-9_]{20,}|local-[0-9a-f]{40}"
     r"|eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"  # JWT
-    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"  # user:password in a URL
+    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"  # user:password in a URL,
+    r"|(?<=:/)(?!/)[^/\s:@]+:[^/\s@]+(?=@)"  # also where pathlib has taken one of its slashes away
     r"|(?<=://)[A-Za-z0-9_-]{16,}(?=@)"  # token in a URL
     r"|(?<=[?&]token=)[^&\s'\"]+|(?<=[?&]api_key=)[^&\s'\"]+|(?<=[?&]sig=)[^&\s'\"]+"
     r"|(?<=X-Amz-Signature=)[0-9a-f]+"
@@ -72,6 +75,33 @@ class Redactor:
         if isinstance(value, list | tuple):
             return [self.tree(item) for item in value]
         return value
+
+
+class MaskedStream:
+    """A text stream that masks secrets in all that is written through it; else the stream itself."""
+
+    def __init__(self, stream: TextIO, redactor: Redactor) -> None:
+        self._stream, self._redactor = stream, redactor
+
+    def write(self, text: str) -> int:
+        self._stream.write(self._redactor.text(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def masked_output() -> Iterator[None]:
+    """Masks secrets in whatever Python prints inside, tracebacks and libraries' messages included."""
+    redactor = Redactor()
+    out, err = (cast(TextIO, MaskedStream(stream, redactor)) for stream in (sys.stdout, sys.stderr))
+    with redirect_stdout(out), redirect_stderr(err):
+        yield
 
 
 def is_secret_name(name: str) -> bool:

@@ -5,12 +5,14 @@ neither waits for it nor ends with it, and `metrics.jsonl` has everything it wou
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.track.console import console
+from qlora_trainer.track.redact import Redactor
 
 INIT_SECONDS = 20
 CLOSE_SECONDS = 7  # a run that is done, or has to stop, waits no longer for the last records to leave
@@ -30,6 +32,7 @@ class WandbTracker:
         except ImportError as error:
             raise ConfigError("track.report_to=[wandb] needs `pip install wandb`") from error
         self._wandb = wandb
+        redactor = Redactor()
         self._gone = (wandb.Error, HandleAbandonedError, OSError, TimeoutError)
         self._records: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._options = {
@@ -39,7 +42,12 @@ class WandbTracker:
             "id": run_id,
             "resume": "allow",
             "settings": wandb.Settings(
-                init_timeout=INIT_SECONDS, silent=True, disable_git=True, save_code=False
+                init_timeout=INIT_SECONDS,
+                silent=True,
+                disable_git=True,
+                save_code=False,
+                console="off",  # it would take what is printed before secrets are masked
+                x_disable_meta=any(redactor.text(argument) != argument for argument in sys.argv),
             ),
         }
         self._closed = False

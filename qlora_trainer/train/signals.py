@@ -175,6 +175,23 @@ class StopSignals:
             self._previous = {}
 
 
+@contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """For the seconds of importing before `StopSignals`: a signal is exit 75, with nothing to save."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        os.write(2, f"error: stopped on {name} before the run began: run the same command again\n".encode())
+        os._exit(PreemptedError.exit_code)
+
+    previous = {number: signal.signal(number, leave) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def follow_launcher() -> None:
     """Asks for a SIGTERM when the launcher dies, so that no rank is left behind as an orphan.
 

@@ -63,7 +63,8 @@ def test_code_in_a_model_folder_is_not_run(scene: Scene, mark: Path, tmp_path: P
     (folder / "evil.py").write_text(f"from pathlib import Path\nPath({str(mark)!r}).touch()\n")
     config = json.loads((folder / file).read_text())
     if file == "config.json":
-        config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.E", "AutoModelForCausalLM": "evil.E"}}
+        classes = {"AutoConfig": "evil.E", "AutoModelForCausalLM": "evil.E"}
+        config |= {"model_type": "evil", "auto_map": classes}
     else:
         config |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.E", "evil.E"]}}
     (folder / file).write_text(json.dumps(config))

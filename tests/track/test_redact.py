@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 
-from qlora_trainer.track.redact import MASK, Redactor, is_secret_name
+from qlora_trainer.track.redact import MASK, Redactor, is_secret_name, masked_output
 
 CANARY = "canary-7f3e9a1c5d"
 
@@ -50,6 +52,7 @@ def test_tokens_are_known_by_their_shape(secret: str) -> None:
     ("text", "expected"),
     [
         ("https://anna:s3cret@host/x", f"https://{MASK}@host/x"),
+        ("no file https:/anna:s3cret@host/x", f"no file https:/{MASK}@host/x"),
         ("https://0123456789abcdef0123@host/x", f"https://{MASK}@host/x"),
         ("GET /x?token=abc&y=1", f"GET /x?token={MASK}&y=1"),
         ("Authorization: Bearer abcdefgh1234", f"Authorization: Bearer {MASK}"),
@@ -77,3 +80,18 @@ def test_values_under_secret_keys_are_masked() -> None:
 
 def test_a_path_under_a_secret_name_is_no_secret(tmp_path: object) -> None:
     assert Redactor({"GOOGLE_CREDENTIALS": str(tmp_path)}).text(f"in {tmp_path}") == f"in {tmp_path}"
+
+
+def test_everything_printed_is_masked_and_the_streams_come_back(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_API_KEY", CANARY)
+    before = sys.stdout, sys.stderr
+    with masked_output():
+        print("out", CANARY)
+        print("err", CANARY, file=sys.stderr)
+        sys.stderr.writelines([CANARY, "\n"])
+        assert sys.stdout.encoding and not sys.stdout.isatty()
+    assert (sys.stdout, sys.stderr) == before
+    printed = capsys.readouterr()
+    assert printed.out == f"out {MASK}\n" and printed.err == f"err {MASK}\n{MASK}\n"
