@@ -36,6 +36,7 @@ class Operations:
     thin_gradient: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Sequence[Target]], None]
     quantize_fp8: Callable[[Tensor, Tensor | None, float, Tensor], Tensor]
     pack_fp8: Callable[[Tensor, Tensor, float, Tensor], None]
+    fp8_product: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 
 def _from(name: str, *modules: object) -> Operations:

@@ -221,12 +221,13 @@ def thin_gradient(
 def quantize_fp8(x: Tensor, u: Tensor | None, border: float, out: Tensor) -> Tensor:
     """Write e4m3 of [x | border·u] into `out` [M, K+R], one scale a row; return the scales, float32 [M, 1].
 
-    The scale comes from x [M, K]; u [M, R] is multiplied by `border` and saturates.
+    The scale comes from x [M, K]; u [M, R] is multiplied by `border` and saturates. Without u, the
+    columns from K on stay as they are.
     """
     scale = x.float().abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 448.0
     value = x.float() if u is None else torch.cat((x.float(), u.float() * border), dim=1)
     value = value / scale
-    out.copy_(value.clamp_(-448.0, 448.0).to(torch.float8_e4m3fn))
+    out[:, : value.shape[1]].copy_(value.clamp_(-448.0, 448.0).to(torch.float8_e4m3fn))
     return scale
 
 
@@ -234,3 +235,8 @@ def pack_fp8(source: Tensor, scale: Tensor, factor: float, out: Tensor) -> None:
     """Write e4m3 of factor · source / scale [n, 1] into `out` [n, R]; source [n, R] may be a transpose."""
     value = source.float() * (factor / scale)
     out.copy_(value.clamp_(-448.0, 448.0).to(torch.float8_e4m3fn))
+
+
+def fp8_product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, out: Tensor) -> None:
+    """(x_scale ∘ x) · (weight_scale ∘ weight)ᵀ into `out` [M, N]; e4m3 x [M, K], weight [N, K]."""
+    out.copy_((x.float() * x_scale) @ (weight.float() * weight_scale).T)

@@ -90,7 +90,8 @@ def fuse(
 
     Args:
         activations: a policy of `fused/keep.py` for all layers, or one a layer.
-        base_gemm: "bf16" (the compute dtype) or "fp8" (Hopper, Ada: row-scaled e4m3 products).
+        base_gemm: "bf16" (the compute dtype) or "fp8": row-scaled e4m3 products on Hopper and Ada;
+            on a CPU the same numbers, slowly.
         resident_bytes: device memory for dequantized copies of the base (fp8: in e4m3, both ways),
             filled layer by layer; None: all of it on a CPU and for fp8, else nothing.
         embeddings: "device", or "host" to keep an untied embedding table in pinned memory.
@@ -120,7 +121,7 @@ def fuse(
     workspace = Workspace(device, dtype)
     if base_gemm not in ("bf16", "fp8"):
         raise ConfigError(f"train.base_gemm={base_gemm!r}: give bf16 or fp8")
-    if base_gemm == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
+    if base_gemm == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise ConfigError("train.base_gemm=fp8 needs an Ada or Hopper GPU; set train.base_gemm=bf16")
     make = Fp8Projection if base_gemm == "fp8" else Projection
     host = HostStore(device) if "offload" in policies and device.type == "cuda" else None

@@ -75,15 +75,7 @@ class Fp8Projection(Projection):
         result = (
             torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device) if out is None else out
         )
-        torch._scaled_mm(
-            operand,
-            weight.T,
-            scale_a=rows,
-            scale_b=scale.T,
-            out_dtype=x.dtype,
-            use_fast_accum=True,
-            out=result,
-        )
+        self.operations.fp8_product(operand, rows, weight, scale, result)
         return result
 
     def forward(self, wide: Tensor, u: Tensor, out: Tensor | None = None) -> Tensor:
