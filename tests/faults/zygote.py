@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 
 @dataclass
 class Run:
@@ -44,6 +46,10 @@ class Run:
 
     def text(self) -> str:
         return self.output.read_text(errors="replace")
+
+    def alive(self) -> bool:
+        """Whether it still runs (a zombie does not)."""
+        return psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
 
     def wait_for(self, text: str, times: int = 1, timeout: float = 60) -> None:
         """Returns once it has printed `text` so many times."""
