@@ -53,10 +53,15 @@ def attach(model: PreTrainedModel, options: LoraOptions, seed: int) -> peft.Peft
         init_lora_weights=options.init_lora_weights,
         bias="none",
     )
-    names = {name for name, _ in model.named_modules()}
     for wanted in options.modules_to_save or ():
-        if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+        found = [m for name, m in model.named_modules() if name == wanted or name.endswith(f".{wanted}")]
+        if not found:
             raise ConfigError(f"lora.modules_to_save: the model has no module named {wanted!r}")
+        if any(not p.is_floating_point() for module in found for p in module.parameters()):
+            raise ConfigError(
+                f"lora.modules_to_save: {wanted!r} is quantized and cannot be trained whole; "
+                "leave it to the adapter, or set quantization.method=none"
+            )
     torch.manual_seed(seed)
     try:
         adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)

@@ -32,7 +32,7 @@ def finished(tmp_path_factory):
 def test_evaluate_shows_and_stores_base_beside_tuned(finished, capsys):
     folder = finished.adapter.parent
     assert main(["evaluate", f"run={folder}"]) == 0
-    found = json.loads((folder / "evaluation.json").read_text())
+    (found,) = json.loads((folder / "evaluation.json").read_text()).values()  # one held-out source
     assert found["base"]["tokens"] == found["tuned"]["tokens"] > 0
     assert found["base"]["loss"] != found["tuned"]["loss"]
     assert found["tuned"]["questions"] == 4 and found["tuned"]["exact_match"] == 0

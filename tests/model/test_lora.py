@@ -53,5 +53,7 @@ def test_variants_train(base, options):
 def test_a_target_that_is_not_there_names_those_that_are(base):
     with pytest.raises(ConfigError, match=r"down_proj.*q_proj"):
         attach(base, LoraOptions(target_modules=["query"]), seed=1)
+    with pytest.raises(ConfigError, match="'down_proj' is quantized"):
+        attach(base, LoraOptions(modules_to_save=["down_proj"]), seed=1)
     with pytest.raises(ConfigError, match="'embed'"):
         attach(base, LoraOptions(modules_to_save=["embed"]), seed=1)
