@@ -13,8 +13,9 @@ formats.py   rows to checked examples         scan.py      every row read and ch
 chat.py      templates, and where turns lie   encode.py    examples to ids and loss weights
 parallel.py  encoding by several processes    store.py     documents on disk
 build.py     all of the above, cached         packing.py   documents to packs
-loader.py    (seed, epoch, index) to batches  batch.py     what the model gets
-survey.py    what there is to learn from      screen.py    … on the terminal; page.py: … as a page
+order.py     one epoch's rows, in order       loader.py    (seed, epoch, index) to batches
+batch.py     what the model gets              survey.py    what there is to learn from
+screen.py    … on the terminal                page.py      … as a page
 """
 
 from importlib import import_module

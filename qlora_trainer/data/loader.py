@@ -1,10 +1,10 @@
 """Documents to batches: which documents a step holds, as a pure function of (seed, epoch, index).
 
 Comes in: TokenizedData and the sizes of a step. Goes out: StepBatches, by their number. There is no
-position to save: to resume is to ask for another index. One epoch is one ordering of the data, cut into
-units (packs, or single documents), then into micro-batches, then into steps of `accumulation *
-world_size` micro-batches. Rank r takes micro-batches r, r + world_size, … of a step, so any world size with
-the same product sees the same micro-batches.
+position to save: to resume is to ask for another index. One epoch is one order of the data (`order.py`):
+rows, which are packs or single documents; micro-batches of rows; steps of `accumulation * world_size`
+micro-batches. Rank r takes micro-batches r, r + world_size, … of a step, so any world size with the same
+product sees the same micro-batches.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from qlora_trainer.data.batch import IGNORE, Batch
-from qlora_trainer.data.packing import Order, pack
+from qlora_trainer.data.order import EpochOrder, epoch_order
+from qlora_trainer.data.packing import Order
 from qlora_trainer.data.store import TokenizedData
 from qlora_trainer.errors import ConfigError
-
-MEGABATCH = 50  # steps' worth of documents that group_by_length sorts at a time, as transformers does
 
 
 @dataclass(frozen=True)
@@ -96,29 +95,29 @@ class Loader:
             "seed": seed,
         }
         self.fingerprint = hashlib.sha256(json.dumps(order, sort_keys=True).encode()).hexdigest()
-        self._micro_batches = lru_cache(maxsize=2)(self._plan)  # the plans of this epoch and the next
+        self._order = lru_cache(maxsize=2)(self._make_order)  # this epoch's and the next one's
 
     def steps_per_epoch(self, epoch: int) -> int:
         """Optimizer steps in an epoch (packs may differ by a few between epochs)."""
-        return math.ceil(len(self._micro_batches(epoch)) / (self.accumulation * self.world_size))
+        return math.ceil(len(self.order(epoch)) / (self.accumulation * self.world_size))
 
     def step(self, epoch: int, index: int) -> StepBatch:
         """Step `index` of `epoch`, made now."""
         if not 0 <= index < self.steps_per_epoch(epoch):
             raise IndexError(f"step {index} of epoch {epoch}, which has {self.steps_per_epoch(epoch)}")
         size = self.accumulation * self.world_size
-        plan = self._micro_batches(epoch)[index * size : (index + 1) * size]
-        total = float(sum(self.data.weights[unit].sum() for micro in plan for unit in micro))
+        micro_batches = self.order(epoch)[index * size : (index + 1) * size]
+        total = float(sum(self.data.weights[row].sum() for rows in micro_batches for row in rows))
         mine: list[Batch] = []
-        for turn in range(math.ceil(len(plan) / self.world_size)):
+        for turn in range(math.ceil(len(micro_batches) / self.world_size)):
             place = turn * self.world_size + self.rank
-            batch = self._collate(plan[min(place, len(plan) - 1)])
-            mine.append(batch if place < len(plan) else _silent(batch))
+            batch = self._collate(micro_batches[min(place, len(micro_batches) - 1)])
+            mine.append(batch if place < len(micro_batches) else _silent(batch))
         return StepBatch(mine, total)
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[StepBatch]:
         """Steps of an epoch from `start` on, prepared ahead by `num_workers` processes."""
-        count = self.steps_per_epoch(epoch)  # plans before the workers fork, so that they share it
+        count = self.steps_per_epoch(epoch)  # orders before the workers fork, so that they share it
         if self.num_workers == 0:
             yield from (self.step(epoch, index) for index in range(start, count))
             return
@@ -131,56 +130,55 @@ class Loader:
             worker_init_fn=self._worker_init,
         )
 
-    def units(self, epoch: int) -> list[list[Order]]:
-        """The plan of an epoch: micro-batches of units, each unit the documents of one row."""
-        return self._micro_batches(epoch)
+    def order(self, epoch: int) -> EpochOrder:
+        """Which documents share a row, and which rows a micro-batch, in `epoch`."""
+        return self._order(epoch)
 
-    def _plan(self, epoch: int) -> list[list[Order]]:
-        rng = np.random.default_rng([self.seed, epoch])
-        documents = self._documents(rng)
-        size = self.micro_batch_size
+    def _make_order(self, epoch: int) -> EpochOrder:
+        return epoch_order(
+            self.data.lengths,
+            self.data.repeats,
+            micro_batch_size=self.micro_batch_size,
+            micro_batches_per_step=self.accumulation * self.world_size,
+            pack_tokens=self.max_length if self.packing else None,
+            group_by_length=self.group_by_length,
+            seed=self.seed,
+            epoch=epoch,
+        )
+
+    def widths(self, epoch: int) -> Order:
+        """int64 [M], tokens per row of each micro-batch, padding included."""
+        return self._width(self.order(epoch).widest_rows(self.data.lengths))
+
+    def _width(self, longest: Order) -> Order:
+        """`max_length` when packing, else the longest row rounded up to 8."""
         if self.packing:
-            packs = pack(self.data.lengths, documents, self.max_length, rng)
-            return [packs[start : start + size] for start in range(0, len(packs), size)]
-        if self.group_by_length:
-            mega = MEGABATCH * size * self.accumulation * self.world_size
-            chunks = [documents[start : start + mega] for start in range(0, len(documents), mega)]
-            documents = np.concatenate([c[np.argsort(-self.data.lengths[c], kind="stable")] for c in chunks])
-        batches = [documents[start : start + size] for start in range(0, len(documents), size)]
-        if self.group_by_length:
-            batches = [batches[place] for place in rng.permutation(len(batches))]
-        return [list(batch.reshape(-1, 1)) for batch in batches]
-
-    def _documents(self, rng: np.random.Generator) -> Order:
-        """Every document as often as its source's weight says, shuffled; a fraction is drawn anew."""
-        whole = np.floor(self.data.repeats).astype(np.int64)
-        extra = rng.random(len(whole)) < self.data.repeats - whole
-        return rng.permutation(np.repeat(np.arange(len(whole)), whole + extra))
-
-    def width(self, units: Sequence[Order]) -> int:
-        """Tokens per row of a micro-batch: `max_length` when packing, else the longest rounded up to 8."""
-        longest = max(int(self.data.lengths[unit].sum()) for unit in units)
-        return self.max_length if self.packing else min(self.max_length, -(-longest // 8) * 8)
+            return np.full_like(longest, self.max_length)
+        return np.minimum(self.max_length, -(-longest // 8) * 8)
 
     def heaviest(self, epoch: int) -> Batch:
         """The micro-batch of `epoch` with the most tokens, padding included: the one to rehearse with."""
-        micro_batches = self._micro_batches(epoch)
-        return self._collate(max(micro_batches, key=lambda units: len(units) * self.width(units)))
+        order = self.order(epoch)
+        rows = np.minimum(
+            order.micro_batch_size, order.n_rows - np.arange(len(order)) * order.micro_batch_size
+        )
+        return self._collate(order[int(np.argmax(rows * self.widths(epoch)))])
 
-    def _collate(self, units: Sequence[Order]) -> Batch:
-        return collate(self.data, units, self.width(units), self.pad_id)
+    def _collate(self, rows: Sequence[Order]) -> Batch:
+        longest = max(int(self.data.lengths[row].sum()) for row in rows)
+        return collate(self.data, rows, int(self._width(np.asarray(longest))), self.pad_id)
 
 
-def collate(data: TokenizedData, units: Sequence[Order], width: int, pad_id: int) -> Batch:
-    """A Batch of `len(units)` rows of `width` tokens, the documents of a unit one after another."""
-    shape = (len(units), width)
+def collate(data: TokenizedData, rows: Sequence[Order], width: int, pad_id: int) -> Batch:
+    """A Batch of `width` tokens a row, the documents of each row one after another."""
+    shape = (len(rows), width)
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     loss_weights = np.zeros(shape, dtype=np.float32)
     position_ids = np.zeros(shape, dtype=np.int64)
     document_ids = np.full(shape, -1, dtype=np.int32)
-    for row, unit in enumerate(units):
+    for row, members in enumerate(rows):
         at = 0
-        for number, index in enumerate(unit):
+        for number, index in enumerate(members):
             document = data.document(int(index))
             span = slice(at, at := at + len(document.ids))
             input_ids[row, span] = document.ids
@@ -194,7 +192,7 @@ def collate(data: TokenizedData, units: Sequence[Order], width: int, pad_id: int
         loss_weights=torch.from_numpy(loss_weights),
         position_ids=torch.from_numpy(position_ids),
         document_ids=torch.from_numpy(document_ids),
-        rows=tuple(int(index) for unit in units for index in unit),
+        rows=tuple(int(index) for members in rows for index in members),
     )
 
 

@@ -1,8 +1,9 @@
 """Documents to packs: best-fit-decreasing to a fixed token count.
 
-Comes in: lengths and a random generator. Goes out: lists of documents whose lengths sum to at most
-`capacity`. Best-fit-decreasing (Johnson 1973) takes documents from the longest to the shortest and puts
-each into the pack with the least room that still holds it; it never needs more than 11/9 of the optimum.
+Comes in: lengths and a random generator. Goes out: documents grouped so that the lengths of each group sum
+to at most `capacity`. Best-fit-decreasing (Johnson 1973) takes documents from the longest to the shortest
+and puts each into the pack with the least room that still holds it; it never needs more than 11/9 of the
+optimum.
 
 Documents are first shuffled and cut into windows, each packed by itself: epochs differ, memory and time
 stay linear, and a pack is not made of the same lengths all over the data. With 100,000 documents a
@@ -21,19 +22,27 @@ Order = NDArray[np.int64]
 
 def pack(
     lengths: NDArray[np.int32], documents: Order, capacity: int, rng: np.random.Generator
-) -> list[Order]:
-    """Packs of indices out of `documents` (int64 [M], shuffled), in random order.
+) -> tuple[Order, Order]:
+    """Packs of `documents` (int64 [D], shuffled indices into `lengths`), in random order.
 
-    `lengths` is int32 [N], tokens of every document; none may be over `capacity` tokens.
+    Returns the documents pack after pack, int64 [D], and where each pack starts, int64 [P + 1]. `lengths`
+    is int32 [N], tokens of every document; none may be over `capacity` tokens.
     """
-    packs: list[Order] = []
+    members, sizes = [], []
     for start in range(0, len(documents), WINDOW):
         window = documents[start : start + WINDOW]
-        packs += [window[members] for members in best_fit_decreasing(lengths[window], capacity)]
-    return [packs[place] for place in rng.permutation(len(packs))]
+        bins = best_fit_decreasing(lengths[window], capacity)
+        members.append(window[np.concatenate(bins)])
+        sizes.append(np.asarray([len(members) for members in bins], dtype=np.int64))
+    packed, counts = np.concatenate(members), np.concatenate(sizes)
+    old_starts = np.cumsum(counts) - counts
+    shuffle = rng.permutation(len(counts))
+    starts = np.concatenate([[0], np.cumsum(counts[shuffle])])
+    inside = np.arange(len(packed)) - np.repeat(starts[:-1], counts[shuffle])
+    return packed[np.repeat(old_starts[shuffle], counts[shuffle]) + inside], starts
 
 
-def best_fit_decreasing(lengths: NDArray[np.int32], capacity: int) -> list[Order]:
+def best_fit_decreasing(lengths: NDArray[np.int32], capacity: int) -> list[list[int]]:
     """Bins of positions into `lengths`, each summing to at most `capacity`; ties keep their order.
 
     The rooms that open bins have left form a set of at most `capacity` numbers, kept as the bits of one
@@ -57,4 +66,4 @@ def best_fit_decreasing(lengths: NDArray[np.int32], capacity: int) -> list[Order
         if left := room - length:
             by_room[left].append(chosen)
             rooms |= 1 << left
-    return [np.asarray(members, dtype=np.int64) for members in bins]
+    return bins

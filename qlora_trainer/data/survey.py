@@ -108,9 +108,12 @@ def survey(
         "95%": np.percentile(lengths, 95),
         "longest": lengths.max(),
     }
-    plan = loader.units(0)
-    positions = sum(len(micro) * loader.width(micro) for micro in plan)
-    filled = sum(int(lengths[unit].sum()) for micro in plan for unit in micro)
+    order = loader.order(0)
+    size = order.micro_batch_size
+    positions = int(loader.widths(0)[:-1].sum()) * size + int(loader.widths(0)[-1]) * len(
+        order[len(order) - 1]
+    )
+    filled = int(lengths[order.documents].sum())
     batch, total = _first_step(data, loader, tokenizer)
     return Survey(
         sources=data.sources,
@@ -125,7 +128,7 @@ def survey(
         histogram=_histogram(data),
         max_length=data.max_length,
         layout="packed" if loader.packing else "grouped by length" if loader.group_by_length else "padded",
-        rows=sum(len(micro) for micro in plan),
+        rows=order.n_rows,
         steps=loader.steps_per_epoch(0),
         padding=1 - filled / positions,
         prompts=check_prompts(data, options, tokenizer, role=role, seed=seed),
