@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.plan import hardware, screen, shapes
+from qlora_trainer.plan import hardware, screen, settings, shapes
+from qlora_trainer.plan.changes import cheapest
+from qlora_trainer.plan.choose import settle
 from qlora_trainer.plan.plan import RunPlan, check, make_plan
 from qlora_trainer.plan.settings import DataFacts
 
@@ -37,6 +39,14 @@ def plan_of(config: RunConfig, data: DataFacts | None = None, world_size: int = 
         MissingInputError: the model's config.json is not there.
     """
     return make_plan(config, machine(config), shape_of(config), data, world_size)
+
+
+def remedies(config: RunConfig, data: DataFacts | None = None, world_size: int = 1) -> list[str]:
+    """Overrides with which `config` needs less than planned, the mildest first: for a plan that was wrong."""
+    hardware_here, shape = machine(config), shape_of(config)
+    asked = settings.from_config(config, hardware_here, shape, data, world_size)
+    found = cheapest(shape, settle(shape, asked, hardware_here), hardware_here)
+    return [f"{change.overrides} (peak {change.peak / 2**30:.1f} GiB)" for change in found]
 
 
 def facts_of(data: TokenizedData) -> DataFacts:

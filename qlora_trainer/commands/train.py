@@ -18,7 +18,7 @@ from transformers import set_seed
 
 from qlora_trainer.checkpoint import disk, publish, resume
 from qlora_trainer.commands import comparison, wiring
-from qlora_trainer.commands.plan import plan_of
+from qlora_trainer.commands.plan import plan_of, remedies
 from qlora_trainer.config.claim import claim_output_dir
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.config.watch import as_dict, unread_keys
@@ -270,11 +270,17 @@ def _loop(
         micro_step = GraphedMicroStep(forward, trainable)
     else:
         micro_step = MicroStep(forward, ranks.device)
+
+    def release() -> None:
+        state.optimizer.release_gpu_pages()
+        if isinstance(micro_step, GraphedMicroStep):
+            micro_step.release()
+
     memory = MemoryGuard(
         ranks.device,
-        release=state.optimizer.release_gpu_pages,
+        release=release,
         planned=plan.peak.total,
-        remedies=[change.overrides for change in plan.changes],
+        remedies=lambda: remedies(config, world_size=ranks.world_size),
     )
     if ranks.main:
         _require_space(run, state, total)

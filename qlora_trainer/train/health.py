@@ -71,7 +71,7 @@ class MemoryGuard:
         device: whose memory it is.
         release: called before the second try: pages, workspaces, cached activations leave the device.
         planned: the plan's peak in bytes, if there is one.
-        remedies: `key=value` settings, each of which would make the step fit, best first.
+        remedies: asked only when it fails: `key=value` settings that need less, the mildest first.
     """
 
     def __init__(
@@ -79,12 +79,12 @@ class MemoryGuard:
         device: torch.device,
         release: Callable[[], object] = lambda: None,
         planned: int | None = None,
-        remedies: Sequence[str] = (),
+        remedies: Callable[[], Sequence[str]] = tuple,
     ) -> None:
         self.device = device
         self.release = release
         self.planned = planned
-        self.remedies = tuple(remedies)
+        self.remedies = remedies
         self.retried = 0
 
     def run(self, work: Callable[[], T], undo: Callable[[], None], step: int) -> T:
@@ -121,8 +121,9 @@ class MemoryGuard:
             actual = torch.cuda.max_memory_reserved(self.device)
             peak.append(f"actual peak {actual / GIB:.2f} of {total / GIB:.2f} GiB")
         where = ", ".join(peak) or reason
-        remedies = f"; any of these makes it fit: {', '.join(self.remedies)}" if self.remedies else ""
-        return f"out of memory in step {step}, also after freeing what could be freed ({where}){remedies}"
+        remedies = "; or ".join(self.remedies())
+        text = f"out of memory in step {step}, also after freeing what could be freed ({where})"
+        return f"{text}; the batch is as you set it; to need less, set {remedies}" if remedies else text
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -79,7 +79,7 @@ def test_a_step_that_runs_out_of_memory_is_tried_once_more_with_the_same_draws(e
 
 def test_a_second_failure_names_peaks_and_remedies() -> None:
     remedies = ["train.per_device_train_batch_size=1", "train.activations=full", "train.max_length=256"]
-    guard = health.MemoryGuard(torch.device("cpu"), planned=3 << 30, remedies=remedies)
+    guard = health.MemoryGuard(torch.device("cpu"), planned=3 << 30, remedies=lambda: remedies)
     work = Work(2, OUT_OF_MEMORY[0])
     with pytest.raises(health.OutOfMemoryError) as error:
         guard.run(work, work.undo, step=4)

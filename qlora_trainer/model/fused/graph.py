@@ -72,6 +72,11 @@ class GraphedMicroStep:
         captured.graph.replay()
         return captured.loss.clone()
 
+    def release(self) -> None:
+        """Gives the memory of all captured graphs back; shapes that return are captured again."""
+        self._graphs.clear()
+        self._seen.clear()
+
     def _capture(self, inputs: Inputs) -> _Captured:
         static = Inputs(**{name: value.clone() for name, value in inputs.tensors().items()})
         graph = torch.cuda.CUDAGraph()
