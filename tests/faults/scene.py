@@ -30,11 +30,16 @@ WORDS = ["red", "blue", "green", "seven", "eight", "nine", "north", "south", "up
 
 
 class Scene:
-    """Where faults happen: `folder` holds the model, the data, and one folder a run."""
+    """Where faults happen: `folder` holds the model, the data, and one folder a run.
 
-    def __init__(self, folder: Path, runner: Runner) -> None:
+    Args:
+        runner: None where only command lines are wanted.
+        model: changes of the tiny model's shape.
+    """
+
+    def __init__(self, folder: Path, runner: Runner | None, **model: Any) -> None:
         self.folder, self.runner = folder, runner
-        tiny.save(folder / "model")
+        tiny.save(folder / "model", **model)
         self.write_data(folder / "data.json", 20, seed=0)
         self.write_data(folder / "eval.json", 4, seed=1)
 
@@ -62,6 +67,7 @@ class Scene:
     def start(
         self, output: str, *hooks: Sequence[Any], env: dict[str, str] | None = None, **keys: Any
     ) -> Run:
+        assert self.runner is not None
         return self.runner.start(*self.line(output, **keys), hooks=[list(hook) for hook in hooks], env=env)
 
     def train(self, output: str, *hooks: Sequence[Any], expect: int = 0, **options: Any) -> str:

@@ -59,7 +59,8 @@ def test_a_step_that_fits_the_second_time_changes_nothing(scene: Scene) -> None:
 
 def test_a_step_that_never_fits_ends_the_run_and_keeps_what_was_learned(scene: Scene) -> None:
     text = scene.train("full", ("out_of_memory", 8, 9), expect=2)
-    assert "out of memory in step 4" in text
+    assert "out of memory in step 4" in text and "planned peak" in text
+    assert "to need less, set train.per_device_train_batch_size=1" in text
     assert scene.steps("full")[-1] == 3 and scene.status("full")["exit_code"] == 2
     scene.train("full")
     assert differences(scene.uninterrupted(), scene.folder / "full") == []
