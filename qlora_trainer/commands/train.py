@@ -265,7 +265,7 @@ def _loop(
     checkpoints = run.folder / resume.CHECKPOINTS
     trackers = _trackers(run, total, state.progress.step) if ranks.main else []
     micro_step: MicroStep | GraphedMicroStep
-    if isinstance(forward, FusedForward):
+    if isinstance(forward, FusedForward) and plan.graphs:
         trainable = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
         micro_step = GraphedMicroStep(forward, trainable)
     else:

@@ -73,8 +73,8 @@ def choose(shape: ModelShape, settings: Settings, hardware: Hardware) -> Choice:
     room = int(hardware.memory * COMFORTABLE)
     mixes = _mixes(path, shape, settings)
 
-    def peak(choice: Choice) -> int:
-        return memory.step_phase(path, settings, base, choice.policies, choice.state).total
+    def step(choice: Choice) -> memory.Phase:
+        return memory.step_phase(path, settings, base, choice.policies, choice.state)
 
     def seconds(choice: Choice) -> float:
         known = hardware if hardware.flops else replace(hardware, flops=UNKNOWN_FLOPS, bus=UNKNOWN_BUS)
@@ -86,26 +86,35 @@ def choose(shape: ModelShape, settings: Settings, hardware: Hardware) -> Choice:
     fitting = []
     for resident in _residencies(shape, settings):
         choices = [_choice(mix, resident, shape, settings) for mix in mixes]
-        found = next((choice for choice in choices if peak(choice) <= room), None)
+        found = next((choice for choice in choices if step(choice).total <= room), None)
         if found is not None:
-            fitting.append(_fill(found, room - peak(found), path, shape, settings))
+            fitting.append(_fill(found, step(found), room, path, settings))
     if fitting:
         return min(fitting, key=seconds)
     smallest = [_choice(mix, min(_residencies(shape, settings)), shape, settings) for mix in mixes]
-    return min(smallest, key=peak)
+    return min(smallest, key=lambda choice: step(choice).total)
+
+
+def graph_memory(step: memory.Phase) -> int:
+    """What CUDA graphs hold on to: the first pass over each further shape cannot use it."""
+    return step.parts["activations"] + step.parts["logits"]
 
 
 def _fill(
-    choice: Choice, room: int, path: FastPath | ReferencePath, shape: ModelShape, settings: Settings
+    choice: Choice, step: memory.Phase, room: int, path: FastPath | ReferencePath, settings: Settings
 ) -> Choice:
-    """Use what is left: pages stay on the device; then dequantized weights, if nothing is recomputed."""
+    """Use what is left: for pages; where nothing is recomputed for graphs, then dequantized weights."""
+    left = room - step.total
     if settings.paged and settings.optimizer_resident is None and choice.host_state:
-        kept = min(room, choice.host_state)
+        kept = min(left, choice.host_state)
         return replace(choice, resident_state=kept, host_state=choice.host_state - kept)
-    nothing_recomputed = set(choice.policies) == {"none"}
-    if isinstance(path, FastPath) and nothing_recomputed and settings.offload != "layers":
-        return replace(choice, dequantized=min(room, path.dequantized()) if settings.method != "none" else 0)
-    return choice
+    if not isinstance(path, FastPath) or set(choice.policies) != {"none"}:
+        return choice
+    if settings.offload == "layers" or settings.method == "none":
+        return choice
+    if left > graph_memory(step):
+        left -= graph_memory(step)
+    return replace(choice, dequantized=min(left, path.dequantized()))
 
 
 def _residencies(shape: ModelShape, settings: Settings) -> list[int]:

@@ -16,7 +16,7 @@ from qlora_trainer.errors import ConfigError
 from qlora_trainer.plan import memory
 from qlora_trainer.plan import settings as settings_module
 from qlora_trainer.plan.changes import Change, cheapest
-from qlora_trainer.plan.choose import Choice, budget, choose, settle
+from qlora_trainer.plan.choose import Choice, budget, choose, graph_memory, settle
 from qlora_trainer.plan.hardware import GIB, Hardware
 from qlora_trainer.plan.settings import DataFacts, Settings
 from qlora_trainer.plan.shapes import ModelShape
@@ -37,6 +37,7 @@ class RunPlan:
         optimizer_resident: optimizer bytes that stay on the device, to hand to the optimizer.
         dequantized: base weights kept in 16 bits because there is room, to hand to the fast path.
         offload: none; embeddings: their table lives on the host; layers: 4-bit layers too.
+        graphs: micro-steps may run as CUDA graphs.
         host, disk: RAM and disk, by part.
         tokens_per_step: of all ranks, padding included, on average.
         changes: if it does not fit, the three cheapest ways out.
@@ -53,6 +54,7 @@ class RunPlan:
     optimizer_resident: int
     dequantized: int
     offload: str
+    graphs: bool
     host: dict[str, int]
     disk: dict[str, int]
     rows: int
@@ -113,7 +115,8 @@ def make_plan(
     room = budget(hardware)
     peak = max(phase.total for phase in phases)
     fits = peak <= room
-    micro = micro_batch_seconds(shape, settings, hardware, choice.policies, choice.dequantized)
+    graphs = _graphs(settings, phases, room)
+    micro = micro_batch_seconds(shape, settings, hardware, choice.policies, choice.dequantized, graphs)
     update = optimizer_seconds(shape, settings, hardware, choice.host_state)
     seconds = None if micro is None or update is None else micro * settings.accumulation + update
     tokens = settings.rows * settings.mean_length * settings.accumulation * world_size
@@ -129,6 +132,7 @@ def make_plan(
         optimizer_resident=choice.resident_state,
         dequantized=choice.dequantized,
         offload=settings.offload,
+        graphs=graphs,
         host=_host(shape, settings, choice, data),
         disk=_disk(shape, settings),
         rows=settings.rows,
@@ -183,6 +187,14 @@ def _beside(what: str, predicted: float, measured: float, unit: str, margin: flo
     error = predicted / measured - 1
     verdict = f" - off by more than {margin:.0%}" if abs(error) > margin else ""
     return f"{what}: predicted {predicted:,.4g}, measured {measured:,.4g} {unit} ({error:+.1%}){verdict}"
+
+
+def _graphs(settings: Settings, phases: tuple[memory.Phase, ...], room: int) -> bool:
+    """Streamed layers cannot be captured: what their slots hold differs from pass to pass."""
+    if not settings.fast or settings.offload == "layers":
+        return False
+    step = next(phase for phase in phases if phase.name == "step")
+    return step.total + graph_memory(step) <= room
 
 
 def _host(shape: ModelShape, settings: Settings, choice: Choice, data: DataFacts | None) -> dict[str, int]:

@@ -47,6 +47,8 @@ def _facts(plan: RunPlan) -> Table:
     table.add_row("adapter", f"{count(plan.trainable)} trainable parameters ({share:.2%})")
     table.add_row("device", f"{plan.hardware.name}, {gib(plan.hardware.memory)} GiB")
     table.add_row("activations", plan.policy_summary())
+    if plan.graphs:
+        table.add_row("launches", "CUDA graphs")
     if plan.offload != "none":
         also = ", 4-bit layers too and stream through the device" if plan.offload == "layers" else ""
         table.add_row("offload", f"embeddings live in host memory{also}")

@@ -21,17 +21,19 @@ class Reach:
     """How much of the hardware a path reaches, measured on one H100 80GB with the Llama-3-8B shape.
 
     flops, bandwidth: share of the peak, in products and in dequantization. host: seconds a layer and
-    micro-batch that the host needs to launch a forward and backward pass, which bounds short ones.
+    micro-batch that the host needs to launch a forward and backward pass, which bounds short ones;
+    graphed: the same where CUDA graphs launch.
     """
 
     flops: float
     bandwidth: float
     host: float
+    graphed: float
 
 
-FAST = Reach(flops=0.565, bandwidth=0.75, host=0.0015)
-REFERENCE = Reach(flops=0.385, bandwidth=0.6, host=0.010)
-CPU = Reach(flops=1.0, bandwidth=1.0, host=0.0)
+FAST = Reach(flops=0.565, bandwidth=0.75, host=0.006, graphed=0.0015)
+REFERENCE = Reach(flops=0.385, bandwidth=0.6, host=0.010, graphed=0.010)
+CPU = Reach(flops=1.0, bandwidth=1.0, host=0.0, graphed=0.0)
 CPU_DEQUANTIZATION = 1.17  # an NF4 step beside one with dense weights
 
 
@@ -76,7 +78,12 @@ def token_flops(shape: ModelShape, settings: Settings, policies: Sequence[str]) 
 
 
 def micro_batch_seconds(
-    shape: ModelShape, settings: Settings, hardware: Hardware, policies: Sequence[str], dequantized: int = 0
+    shape: ModelShape,
+    settings: Settings,
+    hardware: Hardware,
+    policies: Sequence[str],
+    dequantized: int = 0,
+    graphs: bool = False,
 ) -> float | None:
     """Seconds of one average micro-batch; None where the hardware's speed is not known."""
     if hardware.flops is None:
@@ -96,7 +103,7 @@ def micro_batch_seconds(
             seconds += passes * moved / (hardware.bandwidth * part.bandwidth)
     if settings.offload == "layers" and hardware.bus is not None:  # up and down again, beside the work
         seconds = max(seconds, 2 * layer_codes(shape, settings) / hardware.bus)
-    return max(seconds, shape.layers * part.host * passes / 2)
+    return max(seconds, shape.layers * (part.graphed if graphs else part.host) * passes / 2)
 
 
 def optimizer_seconds(

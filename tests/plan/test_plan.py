@@ -128,6 +128,15 @@ def test_weights_move_to_the_host_only_where_nothing_else_fits() -> None:
     assert plan("5GiB", automatic, ("model.kernels", "reference")).offload == "none"
 
 
+def test_graphs_only_where_their_own_memory_fits() -> None:
+    rows = ("train.per_device_train_batch_size", 4)
+    assert plan("H100", rows).graphs
+    assert not plan("24GiB", rows).graphs  # filled to the brim by policies
+    assert plan("24GiB").graphs
+    assert not plan("H100", ("model.offload", "layers")).graphs
+    assert not plan("H100", ("model.kernels", "reference")).graphs
+
+
 def test_pages_leave_when_the_card_is_full() -> None:
     sizes = (
         ("lora.r", 64),
