@@ -28,7 +28,7 @@ from qlora_trainer.data.scan import VERSION as SCAN_VERSION
 from qlora_trainer.data.scan import RowSplit, Scan, SourceReader, contents, digest, ready, scan
 from qlora_trainer.data.sources import Files, OpenSource, open_source
 from qlora_trainer.data.store import VERSION, DroppedRow, TokenizedData, Writer
-from qlora_trainer.errors import DataError
+from qlora_trainer.errors import ConfigError, DataError
 
 BATCH = 512  # rows tokenized at a time
 MANY_ROWS = 4096  # from so many on, starting processes is worth it
@@ -119,6 +119,11 @@ def _build(
     template = None
     if found.conversations:
         template = resolve_template(options.template, tokenizer, found.formats)
+    elif options.template is not None:
+        raise ConfigError(
+            f"data.template={options.template}: {names} holds no conversations, so leave it "
+            "out, or make questions and answers of it: data.columns={instruction: prompt, output: completion}"
+        )
     encoder = Encoder(
         tokenizer,
         template,

@@ -163,6 +163,8 @@ class Encoder:
             tokens = np.concatenate([np.asarray(self.prefix, dtype=np.int32), tokens])
             weights = np.concatenate([np.zeros(shift, dtype=np.float32), weights])
             answer = (answer[0] + shift, answer[1] + shift)
+        if example.raw and not example.prompt:
+            answer = (-1, -1)  # a plain text answers nothing
         if not layout.as_prompted:
             self.notes["prompt_differs"] += 1
         if self.bos is not None and len(tokens) > 1 and tokens[0] == tokens[1] == self.bos:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_trainer.data.rows import Problem, kind
+from qlora_trainer.data.rows import MAX_ROW_BYTES, Problem, kind
 from qlora_trainer.errors import DataError
 
 ROLES = {
@@ -171,6 +171,8 @@ def _clean(text: str, field: str) -> str:
             raise RowError(
                 field, f"half of a surrogate pair at character {error.start}, not valid text"
             ) from error
+    if len(text) > MAX_ROW_BYTES:
+        raise RowError(field, f"longer than {MAX_ROW_BYTES >> 20} MiB")
     if "\0" in text:
         raise RowError(field, f"NUL character at {text.index(chr(0))}")
     return text

@@ -216,7 +216,8 @@ class SourceReader:
     def __iter__(self) -> Iterator[tuple[Row, Example | Problem]]:
         read: formats.Reader | None = None
         taken = 0
-        for row in join_trees(self.opened.rows()):
+        rows = self.opened.rows()
+        for row in join_trees(rows) if self.source.format in ("auto", "oasst") else rows:
             if isinstance(row.value, Problem):
                 yield row, row.value
                 continue

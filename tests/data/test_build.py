@@ -227,6 +227,20 @@ def test_prompts_are_those_of_training_with_the_answer_apart(load: Load, tmp_pat
     assert list(data.prompts(tokenizer("qwen3"), limit=0)) == []
 
 
+def test_a_template_for_rows_without_turns_is_a_contradiction(load: Load, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}])
+    with pytest.raises(ConfigError, match=r"holds no conversations.*data\.columns=\{instruction: prompt"):
+        load(path, template="chatml")
+    mapped = load(path, template="chatml", columns={"instruction": "prompt", "output": "completion"})
+    assert mapped.formats == ["alpaca"] and mapped.template_origin == "named chatml"
+
+
+def test_plain_text_asks_nothing(load: Load, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo three\n")
+    data = load(tmp_path / "a.txt")
+    assert len(data) == 2 and list(data.prompts(tokenizer("qwen3"))) == [] and data.chat_template is None
+
+
 def test_hub_datasets_are_read_and_their_errors_told_in_one_line(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
