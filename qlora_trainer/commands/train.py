@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -101,6 +102,8 @@ class _Run:
 def _train(run: _Run) -> None:
     config, ranks, signals = run.config, run.ranks, run.signals
     base = wiring.base_options(config, ranks.device)
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when first used
     torch.use_deterministic_algorithms(config.train.deterministic)
 
     with signals.phase("tokenizing", interruptible=True):
