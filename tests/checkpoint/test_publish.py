@@ -116,6 +116,18 @@ def test_retention_removes_nothing_unless_the_newest_verifies(tmp_path: Path) ->
     assert _steps(tmp_path) == [1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("there", "saves", "limit", "best", "copies"),
+    [(0, 1, 2, True, 1), (0, 10, 2, False, 3), (0, 10, 2, True, 4), (3, 10, 2, True, 1), (2, 5, 0, True, 5)],
+)
+def test_space_for_what_exists_at_the_same_time_is_asked_for(
+    tmp_path: Path, there: int, saves: int, limit: int, best: bool, copies: int
+) -> None:
+    for step in range(1, there + 1):
+        samples.save(tmp_path, step)
+    assert publish.space_needed(tmp_path, 100, saves, limit, best) == 100 * copies
+
+
 def test_two_processes_cannot_work_in_one_folder(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from qlora_trainer.checkpoint import disk\n"
