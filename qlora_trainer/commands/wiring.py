@@ -83,6 +83,7 @@ def identity(
         "train.per_device_train_batch_size": train.per_device_train_batch_size,
         "train.gradient_accumulation_steps": train.gradient_accumulation_steps,
         "train.max_length": train.max_length,
+        "train.base_gemm": train.base_gemm,
         "train.packing": train.packing,
         "train.group_by_length": train.group_by_length,
         "train.learning_rate": train.learning_rate,

@@ -101,6 +101,13 @@ def adapter_config(model: PeftModel) -> dict[str, Any]:
     return plain | {"inference_mode": True}
 
 
+def changed_surroundings(checkpoint: Checkpoint) -> list[str]:
+    """What this process runs on differently from the one that saved: allowed, and not bit-exact."""
+    saved, now = dict(checkpoint.state["versions"]), versions()
+    saved["CPU threads"], now["CPU threads"] = str(checkpoint.state["threads"]), str(torch.get_num_threads())
+    return [f"{name} was {saved.get(name)}, is {now[name]}" for name in now if saved.get(name) != now[name]]
+
+
 def versions() -> dict[str, str]:
     """What this process runs on; recorded, not compared."""
     found = {name: version(name) for name in LIBRARIES}
