@@ -51,7 +51,7 @@ from qlora_trainer.train.health import MemoryGuard
 from qlora_trainer.train.loop import LoopOptions, MicroStep, Progress, count_steps, train
 from qlora_trainer.train.rehearsal import rehearse, widest
 from qlora_trainer.train.signals import Status, StopSignals, follow_launcher
-from qlora_trainer.train.state import RunState
+from qlora_trainer.train.state import RunState, changed_surroundings
 
 EVALUATED_AT_ONCE = 8  # batches between two looks at whether the run has to stop
 
@@ -243,6 +243,8 @@ def _resume(run: _Run, state: RunState, total: int) -> None:
         resume.check_same_run(checkpoint.state["identity"], state.identity, options.allow_change)
         state.restore(checkpoint)
         run.say(f"resume   {checkpoint.folder}, step {checkpoint.step} of {total}")
+        if changed := changed_surroundings(checkpoint):
+            run.say(f"[yellow]         the last bits of the numbers may differ: {', '.join(changed)}")
     if state.progress.step > total:
         raise ConfigError(
             f"{run.folder} has been trained for {state.progress.step} steps and {total} are asked for: raise "
