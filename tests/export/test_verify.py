@@ -13,7 +13,7 @@ from qlora_trainer.export.base import Base, Held
 from qlora_trainer.export.delta import read_updates
 from qlora_trainer.export.formats import Exporter, ExportOptions, Source
 from qlora_trainer.export.merge import Merge
-from qlora_trainer.export.verify import Sample, Yardstick, judge, markdown, verify
+from qlora_trainer.export.verify import Sample, Yardstick, judge, markdown, run_probe, verify
 from qlora_trainer.inference.load import read_json
 from qlora_trainer.model.lora import LoraOptions
 from tests.export import runs
@@ -102,7 +102,7 @@ def test_planted_wrong_merges_fail_and_the_right_one_passes(tmp_path):
     assert "**twice failed:**" in (planted["twice"] / "README.md").read_text()
     card = (right / "README.md").read_text()
     assert "| merged |" in card and "failed" not in card
-    assert "✗ failed" in markdown(verdicts, sample())
+    assert "| ✗ |" in markdown(verdicts, sample())
 
 
 MEASURED = {"kl": 0.001, "prompt_ids": [1, 2], "stopped": 10}
@@ -141,5 +141,6 @@ def test_a_broken_export_is_named(tmp_path):
     folder = exporter(run).export("merged")
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(CheckpointError, match=r"merged cannot be loaded"):
-        verify(yardstick(run), {"merged": folder}, sample(), max_new_tokens=2)
+    request = {"kind": "merged", "folder": str(folder), "device": "cpu", "dtype": "float32"}
+    with pytest.raises(CheckpointError, match=r"merged cannot be loaded and measured: .*"):
+        run_probe("merged", request, tmp_path)

@@ -196,6 +196,10 @@ def out_of_memory(*calls: int) -> None:
     _after_micro_batch(fail)
 
 
+def threads(number: int) -> None:
+    torch.set_num_threads(number)
+
+
 def free_space(size: int, after: int) -> None:
     """Every disk says that it has so many bytes left, from the so-manieth time on that it is asked."""
     original, asked = shutil.disk_usage, [0]

@@ -95,6 +95,12 @@ def test_another_run_is_refused_and_an_allowed_change_is_not(scene: Scene) -> No
     assert scene.steps("changed")[-1] == STEPS + 1
 
 
+def test_another_thread_count_is_told(scene: Scene) -> None:
+    scene.train("threads", ("signal_at_step", 2, hooks.SIGTERM), expect=75)
+    assert "last bits" not in scene.train("threads", ("signal_at_step", 4, hooks.SIGTERM), expect=75)
+    assert "CPU threads was 1, is 2" in scene.train("threads", ("threads", 2))
+
+
 def test_a_corrupt_checkpoint_is_named_and_passed_over(scene: Scene) -> None:
     whole = scene.uninterrupted()
     run = scene.copy(whole.name, "corrupt")

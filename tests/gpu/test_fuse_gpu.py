@@ -31,14 +31,14 @@ FAMILIES: dict[str, dict] = {
 }
 
 
-def build(family: str, quantization: str = "nf4") -> nn.Module:
+def build(family: str, quantization: str = "nf4", rank: int = 8) -> nn.Module:
     from transformers import CONFIG_MAPPING
 
     from qlora_trainer.bench.model import random_model
 
     config = CONFIG_MAPPING[family](**FAMILIES[family])
     base = random_model(config, torch.device("cuda"), torch.bfloat16, quantization, nested=True)
-    model = attach(base, LoraOptions(r=8, lora_alpha=16), seed=0).train()
+    model = attach(base, LoraOptions(r=rank, lora_alpha=2 * rank), seed=0).train()
     torch.manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -54,7 +54,9 @@ def in_float32(model: nn.Module) -> nn.Module:
     for module in list(exact.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, bnb.nn.Linear4bit):
-                linear = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None, device="meta")
+                linear = nn.Linear(
+                    child.in_features, child.out_features, bias=child.bias is not None, device="meta"
+                )
                 value = bnb.functional.dequantize_4bit(child.weight.data, child.weight.quant_state)
                 linear.weight = nn.Parameter(value.float(), requires_grad=False)
                 linear.bias = child.bias
@@ -98,6 +100,27 @@ def test_error_to_float32_is_no_larger_than_the_references(family: str, layout: 
         loss, found = gradients(model, forward, batch)
         assert distance(found, truth) <= 1.1 * reference + 1e-3, (policy, distance(found, truth), reference)
         assert abs(float(loss - truth_loss)) < 1e-2 * float(truth_loss)
+
+
+@pytest.mark.parametrize("rank", [4, 64, 256])
+def test_error_to_float32_at_other_ranks(rank: int) -> None:
+    model = build("llama", rank=rank)
+    exact = in_float32(model)
+    batch = batches()["dense"].to("cuda")
+    _, truth = gradients(exact, ReferenceForward(exact), batch)
+    _, plain = gradients(model, ReferenceForward(model), batch)
+    _, found = gradients(model, fuse(model)[0], batch)
+    assert distance(found, truth) <= 1.1 * distance(plain, truth) + 1e-3
+
+
+def test_fp8_products_are_close() -> None:
+    model = build("llama")
+    exact = in_float32(model)
+    batch = batches()["dense"].to("cuda")
+    truth_loss, truth = gradients(exact, ReferenceForward(exact), batch)
+    loss, found = gradients(model, fuse(model, base_gemm="fp8")[0], batch)
+    assert abs(float(loss - truth_loss)) < 1e-2 * float(truth_loss)
+    assert distance(found, truth) < 0.15
 
 
 def test_resident_copies_change_nothing() -> None:

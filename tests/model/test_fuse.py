@@ -227,6 +227,9 @@ def test_unknown_families_are_left_to_the_reference() -> None:
 
 def test_fp8_products_stay_within_their_rounding() -> None:
     model = build("llama", "nf4")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.mul_(0.2)  # to the size that adapters have beside such weights
     exact_loss, exact = run(model, reference(model), batch("dense"))
     forward, report = fuse(model, base_gemm="fp8")
     assert report.resident_bytes > 0
