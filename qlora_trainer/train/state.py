@@ -77,11 +77,14 @@ class RunState:
         return format.size_of(whole), format.size_of(adapter)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Becomes what `checkpoint` holds, bit for bit."""
-        adapter = checkpoint.tensors(format.ADAPTER)
-        result = set_peft_model_state_dict(self.model, adapter)
+        """Becomes what `checkpoint` holds, bit for bit.
+
+        Raises:
+            CheckpointError: tensors of other names or shapes: a change was allowed that cannot be made.
+        """
+        self.optimizer.load_state_tensors(checkpoint.tensors(format.OPTIMIZER))  # looks before it changes
+        result = set_peft_model_state_dict(self.model, checkpoint.tensors(format.ADAPTER))
         assert not result.unexpected_keys, result.unexpected_keys
-        self.optimizer.load_state_tensors(checkpoint.tensors(format.OPTIMIZER))
         for name in self.progress.to_dict():
             setattr(self.progress, name, checkpoint.state[name])
         states = rng.of_rank(checkpoint.tensors(format.RNG), self.ranks.rank)

@@ -93,6 +93,8 @@ def test_another_run_is_refused_and_an_allowed_change_is_not(scene: Scene) -> No
     keys["checkpoint.allow_change"] = "[train.max_length,data]"
     scene.train("changed", **keys)
     assert scene.steps("changed")[-1] == STEPS + 1
+    keys |= {"lora.r": 2, "train.max_steps": STEPS + 2, "checkpoint.allow_change": "[lora]"}
+    assert "does not fit" in scene.train("changed", expect=74, **keys)  # allowed, and impossible
 
 
 def test_another_thread_count_is_told(scene: Scene) -> None:
