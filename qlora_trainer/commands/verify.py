@@ -104,13 +104,7 @@ def adapter_folder(config: RunConfig) -> Path:
 
 
 def exports_folder(config: RunConfig) -> Path:
-    """Where exports lie: in the run's folder, or in `output_dir` for an adapter from elsewhere.
-
-    Raises:
-        ConfigError: an adapter from elsewhere and no `output_dir`.
-    """
-    if config.export.adapter is not None and not (config.run or config.output_dir):
-        raise ConfigError("export.adapter: say where the exports go with output_dir=FOLDER")
+    """Where exports lie: in the run's folder, or in `output_dir` for an adapter from elsewhere."""
     return run_folder(config) / "exports"
 
 

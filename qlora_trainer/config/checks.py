@@ -21,7 +21,7 @@ from qlora_trainer.data.options import DataOptions
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.optim import schedule
 
-NEEDS_MODEL = frozenset({"train", "plan", "inspect"})
+NEEDS_MODEL = frozenset({"train", "plan", "inspect", "bench"})
 NEEDS_DATA = frozenset({"train", "inspect"})
 NEEDS_RUN = frozenset({"evaluate", "chat", "export", "verify"})  # or the recipe whose run it is
 
@@ -103,8 +103,10 @@ def values(config: RunConfig, command: str = "train") -> list[str]:
 def missing(config: RunConfig, command: str) -> list[str]:
     """Keys that `command` cannot do without."""
     problems = []
-    if command in NEEDS_RUN and not (config.run or config.recipe):
-        problems.append(f"run: {command} needs the folder of a finished run, e.g. run=outputs/NAME")
+    elsewhere = command in ("export", "verify") and config.export.adapter and config.output_dir
+    if command in NEEDS_RUN and not (config.run or config.recipe or elsewhere):
+        more = ", or export.adapter=FOLDER and output_dir=FOLDER" if command in ("export", "verify") else ""
+        problems.append(f"run: {command} needs the folder of a finished run, e.g. run=outputs/NAME{more}")
         return problems
     if command in NEEDS_MODEL and not config.model.model_name_or_path:
         problems.append(

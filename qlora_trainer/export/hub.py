@@ -28,9 +28,7 @@ def push(folder: Path, name: str, *, private: bool) -> str:
     api = HfApi()
     try:
         api.create_repo(name, private=private, exist_ok=True)
-        done = api.upload_folder(
-            repo_id=name, folder_path=folder, commit_message=f"Upload {folder.name} export"
-        )
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message=f"Upload {folder.name} export")
     except LocalTokenNotFoundError as error:
         raise ConfigError("export.push_to_hub: not logged in; run `hf auth login` or set HF_TOKEN") from error
     except HfHubHTTPError as error:
@@ -46,4 +44,4 @@ def push(folder: Path, name: str, *, private: bool) -> str:
             f"export.push_to_hub={name}: the hub cannot be reached ({type(error).__name__}); "
             f"the export is complete in {folder}"
         ) from error
-    return str(done.repo_url)
+    return f"{api.endpoint}/{name}"

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from qlora_trainer.checkpoint.disk import atomic_write
@@ -151,7 +151,7 @@ def verify(
                 "stop_ids": list(yardstick.stop_ids),
                 "max_new_tokens": max_new_tokens,
             }
-            measured = _run_probe(name, request, Path(work))
+            measured = run_probe(name, request, Path(work))
             answers = measured.pop("answers")
             if sample.questions:
                 score = match(sample.questions, answers)
@@ -211,9 +211,16 @@ def judge(
 
 
 def table(verdicts: Sequence[Verdict], sample: Sample) -> Table:
-    """For the terminal."""
+    """For the terminal, narrow enough for 80 columns."""
     title = f"verified on {sample.source}"
-    shown = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE, pad_edge=False)
+    shown = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
     columns, rows = _cells(verdicts)
     for column in columns:
         shown.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
@@ -257,7 +264,8 @@ def _kind_of(recipe: Mapping[str, Any]) -> str:
     return "original" if original else str(recipe["format"])
 
 
-def _run_probe(name: str, request: dict[str, Any], work: Path) -> dict[str, Any]:
+def run_probe(name: str, request: dict[str, Any], work: Path) -> dict[str, Any]:
+    """One measurement in a fresh process; CheckpointError with its last line if that fails."""
     asked, answered, log = work / "request.json", work / "result.json", work / "log.txt"
     asked.write_text(json.dumps(request), encoding="utf-8")
     answered.unlink(missing_ok=True)
@@ -292,7 +300,7 @@ def _cells(verdicts: Sequence[Verdict]) -> tuple[list[str], list[list[str]]]:
         ("KL", "kl", lambda v: f"{v:.4f}"),
         ("bound", "max_kl", lambda v: f"{v:g}"),
         ("top-1", "top1", lambda v: f"{v:.1%}"),
-        ("perplexity", "perplexity", lambda v: f"{v:.3f}"),
+        ("ppl", "perplexity", lambda v: f"{v:.3f}"),
         ("Δlogit", "max_logit_difference", lambda v: f"{v:.3f}"),
         ("match", "exact_match", lambda v: f"{v:.0%}"),
         ("MB", "bytes", lambda v: f"{v / 1e6:.1f}"),
@@ -307,7 +315,6 @@ def _cells(verdicts: Sequence[Verdict]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for verdict in verdicts:
         values = [(form, verdict.measured.get(key)) for _, key, form in used]
-        judged = "max_kl" in verdict.measured
-        mark = ("✓" if verdict.passed else "✗ failed") if judged else ""
-        rows.append([verdict.name, *("" if v is None else form(v) for form, v in values), mark])
-    return ["model", *(name for name, _, _ in used), ""], rows
+        mark = ("✓ " if verdict.passed else "✗ ") if "max_kl" in verdict.measured else ""
+        rows.append([mark + verdict.name, *("" if v is None else form(v) for form, v in values)])
+    return ["model", *(name for name, _, _ in used)], rows

@@ -101,8 +101,8 @@ def test_planted_wrong_merges_fail_and_the_right_one_passes(tmp_path):
     assert not stored[2]["passed"] and "model.safetensors" in stored[2]["sha256"]
     assert "**twice failed:**" in (planted["twice"] / "README.md").read_text()
     card = (right / "README.md").read_text()
-    assert "| merged |" in card and "failed" not in card
-    assert "| ✗ |" in markdown(verdicts, sample())
+    assert "| ✓ merged |" in card and "failed" not in card
+    assert "| ✗ twice |" in markdown(verdicts, sample())
 
 
 MEASURED = {"kl": 0.001, "prompt_ids": [1, 2], "stopped": 10}

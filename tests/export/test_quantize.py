@@ -1,0 +1,63 @@
+"""GPTQ, AWQ and RTN end to end; needs the extra `quantize`."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qlora_trainer.errors import CheckpointError
+from qlora_trainer.export.formats import Exporter, ExportOptions
+from qlora_trainer.export.quantize import QuantizeOptions, quantize
+from tests.export import runs
+from tests.export.test_formats import kl
+from tests.export.test_verify import source
+
+pytest.importorskip("gptqmodel")
+
+
+def calibration():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(6, 250, (64,), generator=generator).tolist() for _ in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("gptq", {"desc_act": True}),
+        ("gptq", {"bits": 3, "sym": False}),
+        ("rtn", {"bits": 8}),
+        ("awq", {"sym": False}),
+    ],
+)
+def test_quantized_exports_load_with_transformers_and_stay_near(tmp_path, kind, options):
+    run = runs.make(tmp_path, num_key_value_heads=4)
+    layers: list[tuple[int, int]] = []
+    exports = Exporter(
+        source(run),
+        ExportOptions(group_size=32, **options),
+        run.adapter.parent / "exports",
+        runs.CPU,
+        calibration,
+        lambda kind: lambda done, total: layers.append((done, total)),
+    )
+    exports.check([kind])
+    folder = exports.export(kind)
+    stored = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert stored["quant_method"] == {"awq": "awq"}.get(kind, "gptq")
+    assert stored["bits"] == options.get("bits", 4) and stored["group_size"] == 32
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == []
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [5]
+    dtype = torch.bfloat16 if kind == "awq" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": "cpu"}).eval()
+    assert "Linear" in type(model.model.layers[0].mlp.down_proj).__name__
+    assert hasattr(model.model.layers[0].mlp.down_proj, "qweight")
+    assert kl(run, model) < 0.01
+    if kind != "rtn":
+        assert layers[-1] == (2, 2)
+
+
+def test_what_the_library_says_when_it_fails_is_passed_on(tmp_path):
+    options = QuantizeOptions("gptq", group_size=32)
+    with pytest.raises(CheckpointError, match=r"GPTQModel failed: .*log"):
+        quantize(tmp_path / "none", tmp_path / "out", options, [], 2, "cpu", tmp_path / "log.txt")
