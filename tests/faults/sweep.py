@@ -150,7 +150,7 @@ def signals(scene: Scene) -> Points:
     for phase, number in itertools.product(phases, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)):
         try:
             stopped_in_phase(scene, phase, number)
-        except AssertionError as error:
+        except (AssertionError, TimeoutError) as error:
             yield f"{phase} {number}", [str(error)]
         else:
             yield f"{phase} {number}", []
@@ -184,6 +184,14 @@ def tests_of(name: str, choice: str = "") -> Points:
     yield from counted.points
 
 
+def _guarded(points: Points) -> Points:
+    """A row that cannot go on is a point that did not survive, and not the end of the table."""
+    try:
+        yield from points
+    except (AssertionError, TimeoutError) as error:
+        yield "the row ended", [str(error)]
+
+
 def main() -> int:
     memory = Path("/dev/shm")
     base = Path(tempfile.mkdtemp(prefix="fault-sweep-", dir=memory if os.access(memory, os.W_OK) else None))
@@ -215,7 +223,7 @@ def main() -> int:
             if wanted and not any(word in name for word in wanted):
                 continue
             began, tried, survived = time.monotonic(), 0, 0
-            for point, problems in points():
+            for point, problems in _guarded(points()):
                 tried += 1
                 survived += not problems
                 if problems:
