@@ -8,6 +8,7 @@ settings that it depends on, and not made again.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -144,9 +145,11 @@ def digest(*parts: str) -> str:
 
 
 def ready(folder: Path) -> Path:
-    """The folder, made if it was not there. Raises CheckpointError (disk) if it cannot be made."""
+    """The folder, made if it was not there. Raises CheckpointError (disk) if nothing can be kept in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise CheckpointError(
             f"{folder}: tokenized data cannot be kept there ({error.strerror}); set data.cache_dir"

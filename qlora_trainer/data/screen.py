@@ -47,9 +47,9 @@ def show(surveys: dict[str, Survey], console: Console) -> None:
         table.add_row(Text(name, "bold"), *(column.get(name, "") for column in columns))
     console.print(table)
     console.print(_histogram(train))
-    for survey in surveys.values():
+    for role, survey in surveys.items():
         for line in warnings(survey):
-            console.print(Text(f"! {line}", "yellow"))
+            console.print(Text(f"! {'held out: ' * (role == 'eval')}{line}", "yellow"))
 
 
 def facts(survey: Survey) -> dict[str, str]:
@@ -107,7 +107,7 @@ def warnings(survey: Survey) -> list[str]:
         )
     lost = sum(ledger.dropped.values())
     if lost > 0.1 * ledger.read:
-        lines.append(f"{lost / ledger.read:.0%} of rows are dropped; the page lists each with its line")
+        lines.append(f"{lost / ledger.read:.0%} of rows are dropped; the page's ledger says which and why")
     if survey.layout == "padded" and survey.padding > 0.2:
         lines.append(
             f"{survey.padding:.0%} of positions are padding; train.packing=true or "

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from qlora_trainer.data.encode import Document, Ids, Weights
+from qlora_trainer.errors import CheckpointError
 
 VERSION = 1
 RECORD = np.dtype(
@@ -168,7 +169,9 @@ def _remove_abandoned(parent: Path) -> None:
 
 
 class TokenizedData:
-    """Documents as flat memory-mapped arrays; opening costs the same for any number of them.
+    """Documents as flat memory-mapped arrays; only lengths and weights are read when they are opened.
+
+    Raises CheckpointError (disk) where files are missing or cut.
 
     Attributes:
         fingerprint: hex sha256 of all ids, weights and borders. Equal fingerprint, equal data.
@@ -186,9 +189,8 @@ class TokenizedData:
         self.folder = folder
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         for name, size in manifest["sizes"].items():
-            assert (folder / name).stat().st_size == size, (
-                f"{folder / name} was changed after it was published"
-            )
+            if not (folder / name).exists() or (folder / name).stat().st_size != size:
+                raise CheckpointError(f"{folder}: the kept data are damaged ({name}); delete this folder")
         self.fingerprint: str = manifest["fingerprint"]
         self.chat_template: str | None = manifest["chat_template"]
         self.template_origin: str | None = manifest["template_origin"]

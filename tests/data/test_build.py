@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from qlora_trainer.data import DataOptions, TokenizedData, build, load_tokenized, tokenizer_fingerprint
-from qlora_trainer.errors import ConfigError, DataError, MissingInputError
+from qlora_trainer.errors import CheckpointError, ConfigError, DataError, MissingInputError
 from tests.data.conftest import ROWS, write_jsonl
 from tests.data.families import tokenizer
 
@@ -381,6 +381,14 @@ def test_processes_that_build_at_once_get_the_same_whole_data(rows_file: Path, t
         assert process.exitcode == 0
     assert len(found) == 1 and len(entries(tmp_path)) == 1
     assert not list((tmp_path / "cache").glob(".building-*"))
+
+
+def test_a_damaged_cache_is_told_not_trained_on(load: Load, rows_file: Path) -> None:
+    folder = load(rows_file).folder
+    with (folder / "tokens.i4").open("r+b") as stream:
+        stream.truncate(100)
+    with pytest.raises(CheckpointError, match=r"damaged \(tokens\.i4\); delete this folder"):
+        load(rows_file)
 
 
 def test_many_rows_are_encoded_by_processes_with_the_same_result(
