@@ -57,7 +57,7 @@ class AdamW:
         named_parameters: those that require no gradient are ignored; all others on one device.
         betas, eps, weight_decay: as `torch.optim.AdamW`.
         state_bits: 32 or 8, of the two moments; masters always have 32.
-        paged: state may leave the device. Without effect on a CPU.
+        paged: state may leave the device (on a CPU: it is only held in more pieces).
         resident_bytes: of the state that stays on the device when paged; None: all of it, until
             `release_gpu_pages`.
 
@@ -116,32 +116,23 @@ class AdamW:
             divisor.clamp(min=1.0),
             (~finite).float(),
         )
-        for pages in self.pages.stream():
-            gradients = [self.grad[page.start : page.stop] for page in pages]
-            if self._eight_bit is None:
-                masters, exp_avgs, exp_avg_sqs = (
-                    [page.tensors[name] for page in pages] for name in ("master", "exp_avg", "exp_avg_sq")
-                )
-                adamw_(masters, gradients, exp_avgs, exp_avg_sqs, update)
+        for page in self.pages.stream():
+            gradient, state = self.grad[page.start : page.stop], page.tensors
+            if self._eight_bit is not None:
+                self._eight_bit(state, gradient, update)
             else:
-                for page, gradient in zip(pages, gradients, strict=True):
-                    self._eight_bit(page.tensors, gradient, update)
-            self._write_parameters(pages)
+                adamw_(state["master"], gradient, state["exp_avg"], state["exp_avg_sq"], update)
+            self._write_parameters(page)
         return norm
 
-    def _write_parameters(self, pages: list[Page]) -> None:
+    def _write_parameters(self, page: Page) -> None:
         """Parameters become the round-to-nearest-even of their masters (exact for float32)."""
-        targets: list[Tensor] = []
-        sources: list[Tensor] = []
-        for page in pages:
-            master = page.tensors["master"]
-            copies = self._copies.get(page.start)
-            if copies is None or copies.master != master.data_ptr():
-                copies = self._copies[page.start] = self._copies_of(page, master)
-            targets += copies.targets
-            sources += copies.sources
-        if targets:
-            torch._foreach_copy_(targets, sources)
+        master = page.tensors["master"]
+        copies = self._copies.get(page.start)
+        if copies is None or copies.master != master.data_ptr():
+            copies = self._copies[page.start] = self._copies_of(page, master)
+        if copies.targets:
+            torch._foreach_copy_(copies.targets, copies.sources)
 
     def _copies_of(self, page: Page, master: Tensor) -> _Copies:
         copies = _Copies(master.data_ptr(), [], [])

@@ -59,7 +59,7 @@ class EightBitUpdate:
             )
             for name in MOMENTS
         )
-        adamw_([page["master"]], [gradient], [exp_avg], [exp_avg_sq], update)
+        adamw_(page["master"], gradient, exp_avg, exp_avg_sq, update)
         # Decoding and encoding again is not the identity (the signed map has no -1), so a skipped step
         # must keep the old codes themselves.
         keep = update.skip.bool()

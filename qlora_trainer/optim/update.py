@@ -34,21 +34,15 @@ class Update:
         return torch.stack((betas[0], betas[1].sqrt())).float()
 
 
-def adamw_(
-    masters: list[Tensor],
-    gradients: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    update: Update,
-) -> None:
-    """The kernel of `torch.optim.AdamW(fused=True)`, in place; it also stores the clipped gradients."""
+def adamw_(master: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, update: Update) -> None:
+    """The kernel of `torch.optim.AdamW(fused=True)`, in place; it also stores the clipped gradient."""
     torch._fused_adamw_(
-        masters,
-        gradients,
-        exp_avgs,
-        exp_avg_sqs,
+        [master],
+        [gradient],
+        [exp_avg],
+        [exp_avg_sq],
         [],
-        [update.steps] * len(masters),
+        [update.steps],
         lr=update.lr,
         beta1=update.betas[0],
         beta2=update.betas[1],

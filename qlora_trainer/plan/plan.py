@@ -34,7 +34,7 @@ class RunPlan:
     Attributes:
         phases: peak of each phase, by part.
         policies: activation policy of every layer, from the first.
-        optimizer_resident: optimizer bytes that stay on the device, to hand to the optimizer.
+        optimizer_resident: optimizer bytes that stay on the device (None: all), to hand to the optimizer.
         dequantized: base weights kept in 16 bits because there is room, to hand to the fast path.
         offload: none; embeddings: their table lives on the host; layers: 4-bit layers too.
         graphs: micro-steps may run as CUDA graphs.
@@ -51,7 +51,7 @@ class RunPlan:
     reference_because: str | None
     phases: tuple[memory.Phase, ...]
     policies: tuple[str, ...]
-    optimizer_resident: int
+    optimizer_resident: int | None
     dequantized: int
     offload: str
     graphs: bool
@@ -129,7 +129,7 @@ def make_plan(
         reference_because=settings.reference_because,
         phases=phases,
         policies=choice.policies,
-        optimizer_resident=choice.resident_state,
+        optimizer_resident=choice.resident_state if choice.host_state else None,
         dequantized=choice.dequantized,
         offload=settings.offload,
         graphs=graphs,

@@ -85,13 +85,23 @@ def test_8bit_update_equals_bitsandbytes() -> None:
 @pytest.mark.parametrize("state_bits", [32, 8])
 def test_result_does_not_depend_on_pages(state_bits: int) -> None:
     results = []
-    for page_elements in (256, 1024, 1 << 20):
+    for resident_bytes, page_elements in ((None, 1024), (0, 256), (0, 1 << 20), (8000, 512)):
         parameters = make_parameters()
-        optimizer = make(parameters, state_bits, page_elements)
-        for step in range(3):
+        optimizer = AdamW(
+            parameters.items(),
+            state_bits=state_bits,
+            paged=True,
+            resident_bytes=resident_bytes,
+            page_elements=page_elements,
+            **HYPER,
+        )
+        for step in range(4):
+            if step == 2:
+                optimizer.release_gpu_pages()
             accumulate(parameters, step)
             optimizer.step(1e-2, 0.3)
         results.append(optimizer.state_tensors())
+        assert all(torch.equal(parameters[key], results[-1][f"master.{key}"]) for key in parameters)
     for other in results[1:]:
         assert other.keys() == results[0].keys()
         assert all(torch.equal(other[key], results[0][key]) for key in other)
