@@ -126,11 +126,25 @@ class MemoryGuard:
         return f"{text}; the batch is as you set it; to need less, set {remedies}" if remedies else text
 
 
+_SAYINGS = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "not enough memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on the device or on the host."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "DefaultCPUAllocator: can't allocate memory" in text or "not enough memory" in text
-    )
+    """Whether an exception says that memory ran out, on the device or on the host.
+
+    What it was raised on top of counts too: an allocation that fails while a CUDA graph is captured
+    surfaces as the capture's own error.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, torch.OutOfMemoryError | MemoryError):
+            return True
+        if isinstance(seen, RuntimeError) and any(saying in str(seen) for saying in _SAYINGS):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False

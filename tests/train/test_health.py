@@ -89,6 +89,16 @@ def test_a_second_failure_names_peaks_and_remedies() -> None:
     assert work.undone == 2
 
 
+def test_memory_that_ran_out_in_a_graphs_capture_is_known() -> None:
+    with pytest.raises(RuntimeError) as error:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    assert health.is_out_of_memory(error.value)
+    assert not health.is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
 def test_other_errors_are_not_retried() -> None:
     guard = health.MemoryGuard(torch.device("cpu"))
     work = Work(1, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
