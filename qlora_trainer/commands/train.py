@@ -6,43 +6,42 @@ import hashlib
 import os
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from rich.console import RenderableType
 from torch import Tensor
 from transformers import set_seed
 
 from qlora_trainer.checkpoint import disk, publish, resume
 from qlora_trainer.commands import comparison, wiring
-from qlora_trainer.commands.plan import plan_of, remedies
+from qlora_trainer.commands.parts import (
+    Run,
+    describe_data,
+    describe_training,
+    identity_of,
+    load_model,
+    make_forward,
+    plan_run,
+)
+from qlora_trainer.commands.plan import remedies
 from qlora_trainer.config.claim import claim_output_dir
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.config.watch import as_dict, unread_keys
-from qlora_trainer.data import Batch, Loader, TokenizedData
+from qlora_trainer.data import Batch, Loader
 from qlora_trainer.errors import ConfigError, PreemptedError, QLoRAError
 from qlora_trainer.evaluate.perplexity import LossSum, evaluating, measure_loss
 from qlora_trainer.export.adapter import TrainedOn, export_adapter
-from qlora_trainer.export.fingerprint import base_fingerprint
 from qlora_trainer.inference.stop import stop_ids
 from qlora_trainer.model.forward import ReferenceForward
-from qlora_trainer.model.fuse import GraphedMicroStep, fuse
+from qlora_trainer.model.fuse import GraphedMicroStep
 from qlora_trainer.model.fused.decoder import FusedForward
-from qlora_trainer.model.load import BaseOptions, load_base, load_tokenizer, pick_device
-from qlora_trainer.model.lora import attach
-from qlora_trainer.model.offload import LayerStream, offload_layers
-from qlora_trainer.model.source import resolve
+from qlora_trainer.model.load import load_tokenizer, pick_device
 from qlora_trainer.optim import make_optimizer, schedule
-from qlora_trainer.plan import screen
-from qlora_trainer.plan.hardware import GIB
-from qlora_trainer.plan.plan import RunPlan, check
-from qlora_trainer.plan.settings import DataFacts
+from qlora_trainer.plan.plan import RunPlan
 from qlora_trainer.track import Tracker
-from qlora_trainer.track.console import ConsoleTracker, console
+from qlora_trainer.track.console import ConsoleTracker
 from qlora_trainer.track.jsonl import JsonlTracker
 from qlora_trainer.track.redact import Redactor
 from qlora_trainer.track.wandb import WandbTracker
@@ -73,7 +72,7 @@ def run(config: RunConfig) -> None:
             status.write_to(folder / "status.json")
         ranks.wait()
         try:
-            _train(_Run(config, folder, ranks, signals, status))
+            _train(Run(config, folder, ranks, signals, status))
             code, message = 0, ""
         except QLoRAError as error:
             code, message = error.exit_code, str(error)
@@ -84,22 +83,7 @@ def run(config: RunConfig) -> None:
                 ranks.wait()  # a launcher ends all as soon as one is gone, rank 0 with its last word unsaid
 
 
-@dataclass
-class _Run:
-    """What the stages of one training run share."""
-
-    config: RunConfig
-    folder: Path
-    ranks: Ranks
-    signals: StopSignals
-    status: Status
-
-    def say(self, text: RenderableType) -> None:
-        if self.ranks.main:
-            console.print(text, soft_wrap=True)
-
-
-def _train(run: _Run) -> None:
+def _train(run: Run) -> None:
     config, ranks, signals = run.config, run.ranks, run.signals
     base = wiring.base_options(config, ranks.device)
     if config.train.deterministic:
@@ -117,11 +101,11 @@ def _train(run: _Run) -> None:
     if total <= 0:
         total = count_steps(loader, config.train.num_train_epochs)
 
-    plan = _plan(run, data)
+    plan = plan_run(run, data)
 
     with signals.phase("loading", interruptible=True):
-        model = _load_model(run, base, plan)
-        forward = _forward(run, model, plan)
+        model = load_model(run, base, plan)
+        forward = make_forward(run, model, plan)
         optimizer = make_optimizer(
             config.optim.name,
             model.named_parameters(),
@@ -130,7 +114,7 @@ def _train(run: _Run) -> None:
             weight_decay=config.optim.weight_decay,
             resident_bytes=plan.optimizer_resident,
         )
-        state = RunState(model, optimizer, Progress(), _identity(run, base, data), ranks)
+        state = RunState(model, optimizer, Progress(), identity_of(run, base, data), ranks)
         set_seed(config.seed + ranks.rank)  # dropout differs between ranks, adapters do not
         _resume(run, state, total)
         batches = [
@@ -139,14 +123,12 @@ def _train(run: _Run) -> None:
 
     first, started = state.progress.step, time.monotonic()
     _loop(run, state, forward, loader, total, batches, plan)
-    run.say(_describe_training(run, state.progress, first, time.monotonic() - started, plan))
+    run.say(describe_training(run, state.progress, first, time.monotonic() - started, plan))
     if not ranks.main:
         return
     measured = ""
     if held_out and plan.offload != "none":
-        run.say(
-            f"[yellow]model.offload={plan.offload}: compare with the base by `evaluate run={run.folder}`"
-        )
+        run.say(f"[yellow]model.offload={plan.offload}: compare with the base by `evaluate run={run.folder}`")
     elif held_out:
         with signals.phase("evaluating", interruptible=True):
             stops = stop_ids(tokenizer, model.get_base_model().generation_config)
@@ -169,71 +151,7 @@ def _train(run: _Run) -> None:
     run.say(_what_next(run.folder, base.name_or_path))
 
 
-def _load_model(run: _Run, base: BaseOptions, plan: RunPlan) -> PeftModel:
-    config, device = run.config, run.ranks.device
-    started = time.monotonic()
-    streamed = plan.offload == "layers"
-    model = load_base(base, torch.device("cpu") if streamed else device)
-    adapted = attach(model, wiring.lora_options(config), config.seed)
-    adapted.train()
-    if streamed:
-        offload_layers(adapted, model.model.layers, device)
-    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    double = " + double quantization" if base.double_quant else ""
-    run.say(
-        f"model    {base.name_or_path}  {base.method}{double}, "
-        f"{str(base.dtype).removeprefix('torch.')} on {run.ranks.device}, "
-        f"{trainable:,} adapter parameters, loaded in {time.monotonic() - started:.1f} s"
-    )
-    return adapted
-
-
-def _plan(run: _Run, data: TokenizedData) -> RunPlan:
-    """Says what the run will need before any weight loads.
-
-    Raises:
-        ConfigError: it cannot fit.
-    """
-    facts = DataFacts(len(data), data.n_tokens, data.n_supervised, int(data.lengths.max()))
-    plan = plan_of(run.config, facts, run.ranks.world_size)
-    if run.ranks.main:
-        screen.show(plan, console)
-        screen.write(plan, run.folder / "plan.json")
-    check(plan)
-    return plan
-
-
-def _forward(run: _Run, model: PeftModel, plan: RunPlan) -> FusedForward | ReferenceForward:
-    """The fast path, or the reference where the configuration or the model asks for it."""
-    config, device = run.config, run.ranks.device
-    forward: FusedForward | ReferenceForward = ReferenceForward(model)
-    if config.model.kernels == "auto":
-        forward, report = fuse(
-            model,
-            activations=plan.policies,
-            base_gemm=config.train.base_gemm,
-            resident_bytes=plan.dequantized if device.type == "cuda" else None,
-            embeddings="device" if plan.offload == "none" else "host",
-        )
-        if plan.offload == "layers":
-            if not isinstance(forward, FusedForward):
-                raise ConfigError(f"model.offload=layers needs the fast path: {'; '.join(report.lines())}")
-            LayerStream(forward)
-        for line in report.lines():
-            run.say(f"[dim]         {line}")
-    if isinstance(forward, ReferenceForward) and "full" in plan.policies:
-        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-    return forward
-
-
-def _identity(run: _Run, base: BaseOptions, data: TokenizedData) -> dict[str, Any]:
-    source = resolve(base.name_or_path, base.revision)
-    return wiring.identity(
-        run.config, base, base_fingerprint(source, base.revision), data.fingerprint, run.ranks.world_size
-    )
-
-
-def _resume(run: _Run, state: RunState, total: int) -> None:
+def _resume(run: Run, state: RunState, total: int) -> None:
     """Goes on from the checkpoint that `checkpoint.resume_from_checkpoint` asks for, if there is one."""
     options = run.config.checkpoint
     checkpoint = resume.find(
@@ -258,7 +176,7 @@ def _resume(run: _Run, state: RunState, total: int) -> None:
 
 
 def _loop(
-    run: _Run,
+    run: Run,
     state: RunState,
     forward: FusedForward | ReferenceForward,
     loader: Loader,
@@ -362,7 +280,7 @@ def _loop(
             tracker.close()
 
 
-def _require_space(run: _Run, state: RunState, total: int) -> None:
+def _require_space(run: Run, state: RunState, total: int) -> None:
     """Ends the run before its first step if the disk will not hold its checkpoints and its adapter."""
     options = run.config.checkpoint
     left = total - state.progress.step
@@ -374,7 +292,7 @@ def _require_space(run: _Run, state: RunState, total: int) -> None:
     disk.require_space(run.folder, needed, f"{run.folder}, with its checkpoints,")
 
 
-def _trackers(run: _Run, total: int, step: int) -> list[Tracker]:
+def _trackers(run: Run, total: int, step: int) -> list[Tracker]:
     trackers: list[Tracker] = [JsonlTracker(run.folder / "metrics.jsonl", step), ConsoleTracker(total, step)]
     track = run.config.track
     if "wandb" in track.report_to:
@@ -382,41 +300,6 @@ def _trackers(run: _Run, total: int, step: int) -> list[Tracker]:
         settings = Redactor().tree(as_dict(run.config))
         trackers.append(WandbTracker(settings["track"]["project"], run.folder, settings, run_id))
     return trackers
-
-
-def describe_data(data: TokenizedData, held_out: list[TokenizedData]) -> str:
-    """What was read, a line for each part."""
-    lines = []
-    for name, part in [("data", data), *(("held out", part) for part in held_out)]:
-        ledger = part.ledger
-        dropped = f", {ledger.read - ledger.kept} dropped" if ledger.read > ledger.kept else ""
-        formats = "/".join(sorted(set(part.formats)))
-        lines.append(
-            f"{name:<8} {', '.join(part.sources)}  {formats}: {len(part):,} documents{dropped}, "
-            f"{part.n_tokens:,} tokens, {part.n_supervised / part.n_tokens:.0%} supervised"
-        )
-    return "\n".join(lines)
-
-
-def _describe_training(run: _Run, progress: Progress, first: int, seconds: float, plan: RunPlan) -> str:
-    """What was done, predicted beside measured; the measurement goes into plan.json too."""
-    steps = progress.step - first
-    if not steps:
-        return f"trained  already at step {progress.step}; nothing left to do"
-    lines = [f"trained  {steps} steps in {seconds:.0f} s; {progress.supervised:,} supervised tokens in all"]
-    measured: dict[str, float] = {"seconds_per_step": seconds / steps}
-    if run.ranks.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(run.ranks.device)
-        planned = max(phase.allocated for phase in plan.phases)
-        measured["peak_allocated"] = peak
-        off = peak / planned - 1
-        verdict = "" if abs(off) <= plan.margin else "[yellow] — the plan was wrong by more than it promises"
-        lines.append(
-            f"memory   {peak / GIB:.2f} GiB allocated, {planned / GIB:.2f} planned ({off:+.1%}){verdict}"
-        )
-    if run.ranks.main:
-        screen.write(plan, run.folder / "plan.json", measured)
-    return "\n".join(lines)
 
 
 def _what_next(folder: Path, base: str) -> str:

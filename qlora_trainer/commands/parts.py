@@ -1,0 +1,151 @@
+"""The parts of a training run: the plan, the model, the forward, and what is said of each.
+
+`train` puts them together; each function here takes the run and what came before.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.console import RenderableType
+
+from qlora_trainer.commands import wiring
+from qlora_trainer.commands.plan import plan_of
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.data import TokenizedData
+from qlora_trainer.errors import ConfigError
+from qlora_trainer.export.fingerprint import base_fingerprint
+from qlora_trainer.model.forward import ReferenceForward
+from qlora_trainer.model.fuse import fuse
+from qlora_trainer.model.fused.decoder import FusedForward
+from qlora_trainer.model.load import BaseOptions, load_base
+from qlora_trainer.model.lora import attach
+from qlora_trainer.model.offload import LayerStream, offload_layers
+from qlora_trainer.model.source import resolve
+from qlora_trainer.plan import screen
+from qlora_trainer.plan.hardware import GIB
+from qlora_trainer.plan.plan import RunPlan, check
+from qlora_trainer.plan.settings import DataFacts
+from qlora_trainer.track.console import console
+from qlora_trainer.train.distributed import Ranks
+from qlora_trainer.train.loop import Progress
+from qlora_trainer.train.signals import Status, StopSignals
+
+
+@dataclass
+class Run:
+    """What the stages of one training run share."""
+
+    config: RunConfig
+    folder: Path
+    ranks: Ranks
+    signals: StopSignals
+    status: Status
+
+    def say(self, text: RenderableType) -> None:
+        if self.ranks.main:
+            console.print(text, soft_wrap=True)
+
+
+def load_model(run: Run, base: BaseOptions, plan: RunPlan) -> PeftModel:
+    config, device = run.config, run.ranks.device
+    started = time.monotonic()
+    streamed = plan.offload == "layers"
+    model = load_base(base, torch.device("cpu") if streamed else device)
+    adapted = attach(model, wiring.lora_options(config), config.seed)
+    adapted.train()
+    if streamed:
+        offload_layers(adapted, model.model.layers, device)
+    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    double = " + double quantization" if base.double_quant else ""
+    run.say(
+        f"model    {base.name_or_path}  {base.method}{double}, "
+        f"{str(base.dtype).removeprefix('torch.')} on {run.ranks.device}, "
+        f"{trainable:,} adapter parameters, loaded in {time.monotonic() - started:.1f} s"
+    )
+    return adapted
+
+
+def plan_run(run: Run, data: TokenizedData) -> RunPlan:
+    """Says what the run will need before any weight loads.
+
+    Raises:
+        ConfigError: it cannot fit.
+    """
+    facts = DataFacts(len(data), data.n_tokens, data.n_supervised, int(data.lengths.max()))
+    plan = plan_of(run.config, facts, run.ranks.world_size)
+    if run.ranks.main:
+        screen.show(plan, console)
+        screen.write(plan, run.folder / "plan.json")
+    check(plan)
+    return plan
+
+
+def make_forward(run: Run, model: PeftModel, plan: RunPlan) -> FusedForward | ReferenceForward:
+    """The fast path, or the reference where the configuration or the model asks for it."""
+    config, device = run.config, run.ranks.device
+    forward: FusedForward | ReferenceForward = ReferenceForward(model)
+    if config.model.kernels == "auto":
+        forward, report = fuse(
+            model,
+            activations=plan.policies,
+            base_gemm=config.train.base_gemm,
+            resident_bytes=plan.dequantized if device.type == "cuda" else None,
+            embeddings="device" if plan.offload == "none" else "host",
+        )
+        if plan.offload == "layers":
+            if not isinstance(forward, FusedForward):
+                raise ConfigError(f"model.offload=layers needs the fast path: {'; '.join(report.lines())}")
+            LayerStream(forward)
+        for line in report.lines():
+            run.say(f"[dim]         {line}")
+    if isinstance(forward, ReferenceForward) and "full" in plan.policies:
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    return forward
+
+
+def identity_of(run: Run, base: BaseOptions, data: TokenizedData) -> dict[str, Any]:
+    source = resolve(base.name_or_path, base.revision)
+    return wiring.identity(
+        run.config, base, base_fingerprint(source, base.revision), data.fingerprint, run.ranks.world_size
+    )
+
+
+def describe_data(data: TokenizedData, held_out: list[TokenizedData]) -> str:
+    """What was read, a line for each part."""
+    lines = []
+    for name, part in [("data", data), *(("held out", part) for part in held_out)]:
+        ledger = part.ledger
+        dropped = f", {ledger.read - ledger.kept} dropped" if ledger.read > ledger.kept else ""
+        formats = "/".join(sorted(set(part.formats)))
+        lines.append(
+            f"{name:<8} {', '.join(part.sources)}  {formats}: {len(part):,} documents{dropped}, "
+            f"{part.n_tokens:,} tokens, {part.n_supervised / part.n_tokens:.0%} supervised"
+        )
+    return "\n".join(lines)
+
+
+def describe_training(run: Run, progress: Progress, first: int, seconds: float, plan: RunPlan) -> str:
+    """What was done, predicted beside measured; the measurement goes into plan.json too."""
+    steps = progress.step - first
+    if not steps:
+        return f"trained  already at step {progress.step}; nothing left to do"
+    lines = [f"trained  {steps} steps in {seconds:.0f} s; {progress.supervised:,} supervised tokens in all"]
+    measured: dict[str, float] = {"seconds_per_step": seconds / steps}
+    if run.ranks.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(run.ranks.device)
+        planned = max(phase.allocated for phase in plan.phases)
+        measured["peak_allocated"] = peak
+        off = peak / planned - 1
+        verdict = "" if abs(off) <= plan.margin else "[yellow] — the plan was wrong by more than it promises"
+        lines.append(
+            f"memory   {peak / GIB:.2f} GiB allocated, {planned / GIB:.2f} planned ({off:+.1%}){verdict}"
+        )
+    if run.ranks.main:
+        screen.write(plan, run.folder / "plan.json", measured)
+    return "\n".join(lines)
