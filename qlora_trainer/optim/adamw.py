@@ -150,6 +150,7 @@ class AdamW:
 
     def release_gpu_pages(self) -> int:
         """Move all paged state to the host, after an out-of-memory error; returns the bytes freed."""
+        self._copies.clear()  # views that would keep the state alive
         return self.pages.release() if self.paged else 0
 
     @property

@@ -108,6 +108,8 @@ def _fill(
     if settings.paged and settings.optimizer_resident is None and choice.host_state:
         kept = min(left, choice.host_state)
         return replace(choice, resident_state=kept, host_state=choice.host_state - kept)
+    if settings.device == "cpu" and isinstance(path, FastPath) and settings.method != "none":
+        return replace(choice, dequantized=path.dequantized())  # fuse keeps all of them there
     if not isinstance(path, FastPath) or set(choice.policies) != {"none"}:
         return choice
     if settings.offload == "layers" or settings.method == "none":

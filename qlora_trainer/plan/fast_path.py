@@ -11,14 +11,14 @@ M tokens of the micro-batch. All results are bytes of one micro-batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qlora_trainer.plan.settings import Settings
 from qlora_trainer.plan.shapes import ModelShape
 
-BORDER = 64  # columns that a group's ranks are rounded up to (projection._ALIGN)
+BORDER = {"cuda": 64, "cpu": 1}  # columns that a group's ranks are rounded up to (projection._ALIGN)
 MLP_ROWS = 4096  # tokens of the MLP in flight where it is recomputed (fuse's mlp_rows)
-LOGITS_BYTES = 512 << 20  # of a chunk of logits (fuse's logits_bytes)
+LOGITS_BYTES = {"cuda": 512 << 20, "cpu": 64 << 20}  # of a chunk of logits (fuse's logits_bytes)
 LABELS_STEP = 256  # supervised positions are rounded up to it (inputs.supervised_positions)
 GROUPS = {
     "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv", "o_proj": "o",
@@ -33,10 +33,11 @@ class Group:
     n: int
     k: int
     rank: int
+    align: int
 
     @property
     def border(self) -> int:
-        return -(-self.rank // BORDER) * BORDER
+        return -(-self.rank // self.align) * self.align
 
     @property
     def extended(self) -> int:
@@ -51,9 +52,9 @@ def groups(shape: ModelShape, settings: Settings) -> dict[str, Group]:
     for x in shape.linears:
         if x.layer == 0 and x.name in GROUPS:
             role = GROUPS[x.name]
-            before = found.get(role, Group(0, x.in_features, 0))
+            before = found.get(role, Group(0, x.in_features, 0, BORDER[settings.device]))
             rank = settings.r if x.name in targets else 0
-            found[role] = Group(before.n + x.out_features, x.in_features, before.rank + rank)
+            found[role] = replace(before, n=before.n + x.out_features, rank=before.rank + rank)
     return found
 
 
@@ -131,7 +132,7 @@ class FastPath:
         """FusedHead.losses: a chunk of logits; rows gathered, summed, normed and, trained, the gradient."""
         n = -(-self.settings.labelled // LABELS_STEP) * LABELS_STEP
         s, h, v = self.settings.dtype_bytes, self.shape.hidden, self.shape.vocab
-        rows = min(n, max(1, LOGITS_BYTES // (v * s)))
+        rows = min(n, max(1, LOGITS_BYTES[self.settings.device] // (v * s)))
         return rows * v * s + (5 if backward else 4) * n * h * s + self.settings.tokens * h * s
 
     def evaluation(self) -> int:

@@ -191,7 +191,7 @@ def _beside(what: str, predicted: float, measured: float, unit: str, margin: flo
 
 def _graphs(settings: Settings, phases: tuple[memory.Phase, ...], room: int) -> bool:
     """Streamed layers cannot be captured: what their slots hold differs from pass to pass."""
-    if not settings.fast or settings.offload == "layers":
+    if settings.device == "cpu" or not settings.fast or settings.offload == "layers":
         return False
     step = next(phase for phase in phases if phase.name == "step")
     return step.total + graph_memory(step) <= room

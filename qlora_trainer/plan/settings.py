@@ -106,7 +106,7 @@ def from_config(
     resident = config.optim.resident_gib
     return Settings(
         device=hardware.device,
-        reference_because=_why_reference(config, hardware, shape),
+        reference_because=_why_reference(config, shape),
         rows=train.per_device_train_batch_size,
         length=length,
         accumulation=train.gradient_accumulation_steps,
@@ -133,12 +133,11 @@ def from_config(
     )
 
 
-def _why_reference(config: RunConfig, hardware: Hardware, shape: ModelShape) -> str | None:
+def _why_reference(config: RunConfig, shape: ModelShape) -> str | None:
     """What the fast path leaves to the reference, as `model/fused/recognise.py` decides it."""
     lora, method = config.lora, config.quantization.method
     reasons = {
         "model.kernels=reference": config.model.kernels != "auto",
-        "no GPU": hardware.device != "cuda",
         f"model type {shape.model_type}": shape.model_type not in FAST_FAMILIES,
         f"quantization.method={method}": method not in ("nf4", "fp4", "none"),
         "lora.use_dora=true": lora.use_dora,

@@ -95,7 +95,7 @@ def micro_batch_seconds(
     passes = 2 + sum(path.repeats(policy) in ("layer", "all but down") for policy in policies) / len(policies)
     if is_quantized(settings):
         if hardware.bandwidth is None:
-            seconds *= CPU_DEQUANTIZATION
+            seconds *= 1.0 if dequantized else CPU_DEQUANTIZATION
         else:
             weight = sum(x.numel for x in shape.linears)
             weight -= min(weight, dequantized // settings.dtype_bytes)

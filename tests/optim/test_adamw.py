@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from qlora_trainer.errors import CheckpointError, ConfigError
 from qlora_trainer.optim import NAMES, make_optimizer
@@ -149,6 +150,16 @@ def test_restored_state_continues_bit_for_bit(name: str) -> None:
     first, second = one.state_tensors(), two.state_tensors()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert all(torch.equal(through[key], resumed[key]) for key in SHAPES)
+
+
+def test_released_state_is_not_kept_alive() -> None:
+    parameters = make_parameters()
+    optimizer = AdamW(parameters.items(), paged=True, page_elements=512)
+    optimizer.step(1e-2)
+    storages = [StorageWeakRef(t.untyped_storage()) for t in optimizer.pages.pages[0].tensors.values()]
+    assert not any(storage.expired() for storage in storages)
+    optimizer.release_gpu_pages()
+    assert all(storage.expired() for storage in storages)
 
 
 def test_state_does_not_alias_the_optimizer() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -135,6 +136,14 @@ def test_graphs_only_where_their_own_memory_fits() -> None:
     assert plan("24GiB").graphs
     assert not plan("H100", ("model.offload", "layers")).graphs
     assert not plan("H100", ("model.kernels", "reference")).graphs
+
+
+def test_cpu_keeps_the_dequantized_weights(tmp_path) -> None:
+    here = replace(hardware.detect("cpu", tmp_path), memory=128 << 30)
+    found = make_plan(config(), here, llama3_8b())
+    assert found.fits and found.path == "fast" and not found.graphs
+    assert found.dequantized == pytest.approx(4 * 6.98e9, rel=0.02)  # float32
+    assert found.peak.parts["context"] == 0 and found.host["optimizer pages"] == 0
 
 
 def test_pages_leave_when_the_card_is_full() -> None:
