@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.faults.scene import Scene
@@ -86,6 +86,6 @@ def test_no_secret_is_passed_to_another_process_on_its_command_line(scene: Scene
         track__report_to="[wandb]",
     )
     run.wait_for("in saving")
-    lines = subprocess.run(["ps", "-eo", "args", "-ww"], capture_output=True, text=True, check=True).stdout
+    lines = str([process.info["cmdline"] for process in psutil.process_iter(["cmdline"])])
     assert run.wait() == 0
     assert not [secret for secret in ENVIRONMENT.values() if secret in lines]
