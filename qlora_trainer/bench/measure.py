@@ -6,6 +6,7 @@ median of `repeats`; memory is PyTorch's own peak, fixed costs included.
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections import defaultdict
@@ -16,7 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.fuse import FuseReport, GraphedMicroStep, fuse
+from qlora_trainer.model.fused.decoder import FusedForward
 from qlora_trainer.optim.adamw import AdamW
 
 from .cells import Cell, make_batch
@@ -55,6 +58,14 @@ class Result:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Breakdown:
+    """Device milliseconds of a step: by kind of kernel, and (name, launches, milliseconds) of each kernel."""
+
+    kinds: dict[str, float]
+    kernels: list[tuple[str, int, float]]
+
+
 class Bench:
     """One model, one optimizer, many cells. `model`: a PEFT model on a CUDA device."""
 
@@ -67,9 +78,12 @@ class Bench:
     def step_of(self, cell: Cell, seed: int = 0) -> tuple[Callable[[], torch.Tensor], list[int], FuseReport]:
         """(one optimizer step, [tokens, non-pad, supervised] of it, what was fused)."""
         forward, report = fuse(
-            self.model, activations=cell.activations, base_gemm=cell.base_gemm, resident_bytes=cell.resident_bytes,
-            embeddings=cell.embeddings, mlp_rows=cell.mlp_rows, logits_bytes=cell.logits_bytes,
+            self.model, activations=cell.activations, base_gemm=cell.base_gemm,
+            resident_bytes=cell.resident_bytes, embeddings=cell.embeddings, mlp_rows=cell.mlp_rows,
+            logits_bytes=cell.logits_bytes,
         )  # fmt: skip
+        if not isinstance(forward, FusedForward):
+            raise ConfigError(f"bench measures the fast path: {'; '.join(report.lines())}")
         generator = torch.Generator().manual_seed(seed)
         batches = [make_batch(cell, self.vocabulary, generator) for _ in range(cell.accumulation)]
         counts = [
@@ -97,8 +111,22 @@ class Bench:
 
         return step, counts, report
 
-    def measure(self, cell: Cell, warmup: int = 3, repeats: int = 8) -> tuple[Result, Callable[[], torch.Tensor]]:
-        """The result, and the warm step for whoever wants to profile it."""
+    def measure(
+        self, cell: Cell, warmup: int = 3, repeats: int = 8, profile: bool = False
+    ) -> tuple[Result, Breakdown | None]:
+        """The result, and with `profile` where a warm step's time goes.
+
+        Nothing of the cell outlives the call: its resident weights would count against the next one.
+        """
+        try:
+            return self._measure(cell, warmup, repeats, profile)
+        finally:
+            gc.collect()  # captured graphs and autograd's nodes refer to each other
+            torch.cuda.empty_cache()
+
+    def _measure(
+        self, cell: Cell, warmup: int, repeats: int, profile: bool
+    ) -> tuple[Result, Breakdown | None]:
         torch.cuda.synchronize()
         start = time.perf_counter()
         step, counts, _ = self.step_of(cell)
@@ -117,16 +145,22 @@ class Bench:
             events.append(pair)
         torch.cuda.synchronize()
         seconds = statistics.median(a.elapsed_time(b) for a, b in events) / 1e3
-        rates = [count / seconds for count in counts]
         result = Result(
-            cell.name, seconds, *rates, torch.cuda.max_memory_allocated() / 2**30,
-            torch.cuda.max_memory_reserved() / 2**30, first, float(loss),
-        )  # fmt: skip
-        return result, step
+            cell=cell.name,
+            step_s=seconds,
+            tokens_s=counts[0] / seconds,
+            non_pad_s=counts[1] / seconds,
+            supervised_s=counts[2] / seconds,
+            allocated_gib=torch.cuda.max_memory_allocated() / 2**30,
+            reserved_gib=torch.cuda.max_memory_reserved() / 2**30,
+            first_step_s=first,
+            loss=float(loss),
+        )
+        return result, breakdown(step) if profile else None
 
 
-def breakdown(step: Callable[[], torch.Tensor]) -> tuple[dict[str, float], list[tuple[str, int, float]]]:
-    """Device milliseconds of one step by kind, and by kernel (name, launches, milliseconds)."""
+def breakdown(step: Callable[[], torch.Tensor]) -> Breakdown:
+    """Where the device time of one warm step goes."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
@@ -139,7 +173,8 @@ def breakdown(step: Callable[[], torch.Tensor]) -> tuple[dict[str, float], list[
         kind = next((k for k, marks in KINDS if any(mark in event.key for mark in marks)), "other")
         kinds[kind] += milliseconds
         kernels.append((event.key, event.count, milliseconds))
-    return dict(sorted(kinds.items(), key=lambda kv: -kv[1])), sorted(kernels, key=lambda k: -k[2])
+    ordered = dict(sorted(kinds.items(), key=lambda kv: -kv[1]))
+    return Breakdown(ordered, sorted(kernels, key=lambda kernel: -kernel[2]))
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype = torch.bfloat16, n: int = 8192) -> float:
@@ -154,3 +189,20 @@ def matrix_rate(device: torch.device, dtype: torch.dtype = torch.bfloat16, n: in
     stop.record()
     torch.cuda.synchronize()
     return 20 * 2 * n**3 / (start.elapsed_time(stop) / 1e3)
+
+
+def model_flops(model: Any, config: Any, length: float) -> float:
+    """FLOPs a token needs without recomputation and without gradients of frozen weights.
+
+    4·N_lin + 4·V·h + 3.5·A + 6·P_lora with A = 2·length·heads·head width·layers (causal attention).
+    """
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    head = model.get_output_embeddings()
+    linear = sum(
+        m.in_features * m.out_features
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and m is not head and "lora_" not in name and not m.weight.requires_grad
+    )
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 2 * length * config.num_attention_heads * width * config.num_hidden_layers
+    return 4 * linear + 4 * config.vocab_size * config.hidden_size + 3.5 * attention + 6 * trainable

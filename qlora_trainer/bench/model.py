@@ -20,8 +20,8 @@ def _random(shape: torch.Size, std: float, device: torch.device, dtype: torch.dt
 
 def _four_bit(linear: nn.Linear, weight: torch.Tensor, quant_type: str, nested: bool) -> nn.Module:
     result = bnb.nn.Linear4bit(
-        linear.in_features, linear.out_features, bias=False, compute_dtype=weight.dtype, compress_statistics=nested,
-        quant_type=quant_type, device="meta",
+        linear.in_features, linear.out_features, bias=False, compute_dtype=weight.dtype,
+        compress_statistics=nested, quant_type=quant_type, device="meta",
     )  # fmt: skip
     packed, state = bnb.functional.quantize_4bit(weight, quant_type=quant_type, compress_statistics=nested)
     result.weight = bnb.nn.Params4bit(
@@ -33,7 +33,12 @@ def _four_bit(linear: nn.Linear, weight: torch.Tensor, quant_type: str, nested: 
 
 
 def random_model(
-    config: PretrainedConfig, device: torch.device, dtype: torch.dtype, quantization: str, nested: bool, seed: int = 0
+    config: PretrainedConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: str,
+    nested: bool,
+    seed: int = 0,
 ) -> PreTrainedModel:
     """A frozen causal LM on `device`.
 

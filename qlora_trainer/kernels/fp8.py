@@ -1,8 +1,9 @@
 """Row-scaled e4m3 operands for the frozen base's products (Hopper, Ada).
 
-`fp8_product` is cuBLAS's; `quantize_fp8` turns [x | u], an activation and its projection on the adapters, into one e4m3
+`quantize_fp8` turns [x | u], an activation and its projection on the adapters, into one e4m3
 operand with a scale a row; `pack_fp8` brings an adapter's matrix to the scales of the frozen weight
-it stands beside. NF4's own error is about 9% of a weight's RMS; e4m3 on top makes it 9.6%.
+it stands beside; `fp8_product` is cuBLAS's. NF4's own error is about 9% of a weight's RMS; e4m3 on
+top makes it 9.6%.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def _quantize_fp8_kernel(
     tl.store(out_ptr + row * out_stride + column, scaled, mask=column < k)
     if RANK > 0:
         rank = tl.arange(0, RANK)
-        u = tl.load(u_ptr + row * u_stride + rank, mask=rank < r, other=0.0).to(tl.float32) * (inverse * border)
+        u = tl.load(u_ptr + row * u_stride + rank, mask=rank < r, other=0.0).to(tl.float32)
+        u = u * (inverse * border)
         u = tl.minimum(tl.maximum(u, -448.0), 448.0)
         tl.store(out_ptr + row * out_stride + k + rank, u.to(out_ptr.dtype.element_ty), mask=rank < r)
 
@@ -75,5 +77,6 @@ def pack_fp8(source: Tensor, scale: Tensor, factor: float, out: Tensor) -> None:
 def fp8_product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, out: Tensor) -> None:
     """As `reference.fp8_product`, on the matrix units (their fast accumulation)."""
     torch._scaled_mm(
-        x, weight.T, scale_a=x_scale, scale_b=weight_scale.T, out_dtype=out.dtype, use_fast_accum=True, out=out
-    )
+        x, weight.T, scale_a=x_scale, scale_b=weight_scale.T,
+        out_dtype=out.dtype, use_fast_accum=True, out=out,
+    )  # fmt: skip

@@ -81,7 +81,8 @@ def _glu_backward_kernel(
 def _few_columns(pointer, row, rank, stride, rank0, n, in_rows):
     """[RANK, BM]: columns rank0… rank0+n of some rows, turned."""
     inside = in_rows[None, :] & (rank[:, None] < n)
-    return tl.load(pointer + row[None, :].to(tl.int64) * stride + rank0 + rank[:, None], mask=inside, other=0.0)
+    source = pointer + row[None, :].to(tl.int64) * stride + rank0 + rank[:, None]
+    return tl.load(source, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -136,8 +137,9 @@ def glu(gate_up: Tensor, activation: str, out: Tensor) -> None:
     """As `reference.glu`."""
     m, f = out.shape
     _glu_forward_kernel[(m, triton.cdiv(f, _BLOCK))](
-        gate_up, out, f, gate_up.stride(0), out.stride(0), GELU=activation != "silu", BLOCK=_BLOCK, num_warps=4
-    )
+        gate_up, out, f, gate_up.stride(0), out.stride(0), GELU=activation != "silu", BLOCK=_BLOCK,
+        num_warps=4,
+    )  # fmt: skip
 
 
 def _tile() -> tuple[int, int, int, int, int]:
@@ -174,8 +176,9 @@ def glu_backward_(
     splits = triton.cdiv(m, rows)
     partial = torch.empty((splits, 3, rank, f), dtype=torch.float32, device=d_act.device)
     _glu_backward_thin_kernel[(blocks, splits)](
-        d_act, gate_up, v, u, partial, m, f, rows, d_act.stride(0), gate_up.stride(0), v.stride(0), u.stride(0),
-        v.shape[1], *ranks[0], *ranks[1], GELU=activation != "silu", RANK=rank, BM=bm, BC=bc,
+        d_act, gate_up, v, u, partial, m, f, rows,
+        d_act.stride(0), gate_up.stride(0), v.stride(0), u.stride(0), v.shape[1], *ranks[0], *ranks[1],
+        GELU=activation != "silu", RANK=rank, BM=bm, BC=bc,
         PRECISION="ieee" if d_act.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=stages,
     )  # fmt: skip
     for share, targets in enumerate((down, gate, up)):

@@ -67,7 +67,8 @@ def pack_adapters(adapters: Sequence[Adapter], a: Tensor, b: Tensor) -> None:
     pointers += [m.B if m.B.numel() else first.B for m in members]
     _pack_kernel[(a_blocks + triton.cdiv(n, block),)](
         *pointers, a, b, k, n, width, a.stride(0), b.stride(0), a_blocks,
-        *(m.A.shape[0] for m in members), members[1].rank0, members[2].rank0, members[1].row0, members[2].row0,
+        *(m.A.shape[0] for m in members),
+        members[1].rank0, members[2].rank0, members[1].row0, members[2].row0,
         *(m.B.shape[0] if m.A.numel() else 0 for m in members), *(float(m.scaling) for m in members),
         BLOCK=block, RANK=rank, num_warps=4,
     )  # fmt: skip

@@ -85,7 +85,11 @@ def _tile(rank: int) -> tuple[int, int, int, int, int]:
 
 
 def thin_gradient(
-    narrow: Tensor, wide: Tensor, row_scale: Tensor | None, column_scale: Tensor | None, targets: Sequence[Target]
+    narrow: Tensor,
+    wide: Tensor,
+    row_scale: Tensor | None,
+    column_scale: Tensor | None,
+    targets: Sequence[Target],
 ) -> None:
     """As `reference.thin_gradient`; narrow [M, R ≤ 768], targets float32."""
     (m, r), c = narrow.shape, wide.shape[1]

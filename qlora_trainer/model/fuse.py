@@ -60,10 +60,9 @@ class FuseReport:
         return result
 
 
-def _decoder(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """(causal LM, its decoder) under PEFT's wrappers."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return causal, causal.model
+def _causal(model: Any) -> Any:
+    """The causal LM under PEFT's wrappers."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _policies(activations: str | Sequence[str], n: int) -> list[str]:
@@ -92,8 +91,8 @@ def fuse(
         activations: a policy of `fused/keep.py` for all layers, or one a layer.
         base_gemm: "bf16" (the compute dtype) or "fp8": row-scaled e4m3 products on Hopper and Ada;
             on a CPU the same numbers, slowly.
-        resident_bytes: device memory for dequantized copies of the base (fp8: in e4m3, both ways),
-            filled layer by layer; None: all of it on a CPU and for fp8, else nothing.
+        resident_bytes: device memory for dequantized copies of the base, filled layer by layer; None
+            for all of it on a CPU and nothing on a GPU. fp8 always keeps its e4m3 copies.
         embeddings: "device", or "host" to keep an untied embedding table in pinned memory.
         mlp_rows: tokens of the MLP in flight at once in layers that recompute it.
         logits_bytes: size of a chunk of logits; None for 512 MiB on a GPU and 64 MiB on a CPU.
@@ -101,9 +100,7 @@ def fuse(
     Raises:
         ConfigError: a policy or a precision this machine or model cannot follow.
     """
-    causal, decoder = (
-        _decoder(model) if hasattr(model, "get_base_model") or hasattr(model, "model") else (model, model)
-    )
+    causal = _causal(model)
     config = causal.config
     embed = causal.get_input_embeddings()
     device, dtype = embed.weight.device, embed.weight.dtype
@@ -116,7 +113,8 @@ def fuse(
         )
         return ReferenceForward(model), report
 
-    modules: list[nn.Module] = list(decoder.layers)
+    decoder = causal.model
+    modules: list[Any] = list(decoder.layers)
     policies = _policies(activations, len(modules))
     workspace = Workspace(device, dtype)
     if base_gemm not in ("bf16", "fp8"):
@@ -149,9 +147,8 @@ def fuse(
         report.modules[name] = f"fused, activations {policy}" + (
             " (kept where they are: no GPU)" if policy == "offload" and host is None else ""
         )
-    report.resident_bytes = _make_resident(
-        parts_of, device.type == "cpu" or base_gemm == "fp8", resident_bytes
-    )
+    everything = base_gemm == "fp8" or (device.type == "cpu" and resident_bytes is None)
+    report.resident_bytes = _make_resident(parts_of, float("inf") if everything else resident_bytes or 0)
     report.workspace_bytes = workspace.nbytes
     report.activations = policies
     border = parts_of[-1].down.border if parts_of else 0
@@ -162,9 +159,8 @@ def fuse(
     return FusedForward(device, workspace, embed, on_host, rotary, layers, head, host), report
 
 
-def _make_resident(parts_of: list[LayerParts], wanted: bool, budget: int | None) -> int:
-    """Dequantizes once, as far as `budget` bytes go (None: all if wanted); returns the bytes taken."""
-    left = float("inf") if budget is None and wanted else float(budget or 0)
+def _make_resident(parts_of: list[LayerParts], left: float) -> int:
+    """Dequantizes once, as far as `left` bytes go; returns the bytes taken."""
     taken = 0
     for parts in parts_of:
         for projection in parts.projections:
@@ -182,7 +178,7 @@ def _head(
     lm_head = causal.get_output_embeddings()
     softcap = getattr(causal.config, "final_logit_softcapping", None)
     try:
-        if type(lm_head) is not nn.Linear or lm_head.bias is not None:
+        if type(lm_head) is not nn.Linear or getattr(lm_head, "bias", None) is not None:
             raise Declined(f"it is a {type(lm_head).__name__}")
         if lm_head.weight.requires_grad:
             raise Declined("it is trained")

@@ -17,8 +17,8 @@ from tests.batches import collate, documents
 pytestmark = pytest.mark.gpu
 
 BASE = dict(
-    hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2,
-    vocab_size=1000, max_position_embeddings=1024,
+    hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8,
+    num_key_value_heads=2, vocab_size=1000, max_position_embeddings=1024,
 )  # fmt: skip
 FAMILIES: dict[str, dict] = {
     "llama": dict(BASE, head_dim=128, num_attention_heads=4, num_key_value_heads=1),

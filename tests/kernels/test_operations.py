@@ -185,7 +185,7 @@ def test_gated_unit_and_its_gradient_in_place(fast: Operations, m: int, f: int, 
 
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize(("m", "f"), [(1, 96), (3, 123), (300, 200)])
-def test_gated_unit_makes_its_neighbours_adapter_gradients(fast: Operations, m: int, f: int, rank: int) -> None:
+def test_gated_unit_makes_adapter_gradients(fast: Operations, m: int, f: int, rank: int) -> None:
     gate_up, d_act = random(m, 2 * f), random(m, f, seed=1)
     v, u = random(m, rank, seed=2), random(m, 2 * rank, seed=3)
     ranks = ((0, rank), (rank, rank))
@@ -197,7 +197,8 @@ def test_gated_unit_makes_its_neighbours_adapter_gradients(fast: Operations, m: 
         of_gate, of_up = (torch.ones(f, rank, device=DEVICE) for _ in range(2))
         operations.glu_backward_(
             d_act.clone(), grads, "silu", v, u, ranks,
-            [Target(of_a, 0, 0, 1.0, False)], [Target(of_gate, 0, 0, 2.0, True)], [Target(of_up, 0, 0, 2.0, True)],
+            [Target(of_a, 0, 0, 1.0, False)],
+            [Target(of_gate, 0, 0, 2.0, True)], [Target(of_up, 0, 0, 2.0, True)],
         )  # fmt: skip
         close(of_a - 1, v.double().T @ act.double(), 2e-5)
         close(of_gate - 1, 2 * grads[:, :f].double().T @ u[:, :rank].double(), 2e-5)

@@ -34,8 +34,8 @@ def quantize(model: nn.Module, quant_type: str, nested: bool) -> nn.Module:
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and name != "lm_head":
                 linear = bnb.nn.Linear4bit(
-                    child.in_features, child.out_features, bias=child.bias is not None, compute_dtype=torch.float32,
-                    compress_statistics=nested, quant_type=quant_type,
+                    child.in_features, child.out_features, bias=child.bias is not None,
+                    compute_dtype=torch.float32, compress_statistics=nested, quant_type=quant_type,
                 )  # fmt: skip
                 linear.weight = bnb.nn.Params4bit(
                     child.weight.data, requires_grad=False, compress_statistics=nested, quant_type=quant_type
@@ -46,7 +46,9 @@ def quantize(model: nn.Module, quant_type: str, nested: bool) -> nn.Module:
     return model
 
 
-def build(family: str = "llama", quantization: str | None = None, nested: bool = True, **lora: object) -> nn.Module:
+def build(
+    family: str = "llama", quantization: str | None = None, nested: bool = True, **lora: object
+) -> nn.Module:
     base = tiny.model(family, intermediate_size=128, **FAMILIES[family]).requires_grad_(False)
     if quantization is not None:
         quantize(base, quantization, nested)
@@ -235,7 +237,8 @@ def test_fp8_products_stay_within_their_rounding() -> None:
     assert report.resident_bytes > 0
     loss, found = run(model, forward, batch("dense"))
     assert abs(loss - exact_loss) < 0.02 * exact_loss
-    error = sum((found[n] - exact[n]).pow(2).sum() for n in exact) / sum(g.pow(2).sum() for g in exact.values())
+    error = sum((found[n] - exact[n]).pow(2).sum() for n in exact)
+    error = error / sum(g.pow(2).sum() for g in exact.values())
     assert 1e-4 < error**0.5 < 0.15  # it is fp8, and it is close
 
 

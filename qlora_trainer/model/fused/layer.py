@@ -78,7 +78,7 @@ class FusedLayer:
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         n_q, n_k, dim = self.parts.heads
-        return qkv.unflatten(1, (n_q + 2 * n_k, dim)).split((n_q, n_k, n_k), dim=1)  # type: ignore[return-value]
+        return qkv.unflatten(1, (n_q + 2 * n_k, dim)).split((n_q, n_k, n_k), dim=1)
 
     def _rotated(self, raw: Tensor, call: Call) -> Tensor:
         """q, k, v ready for attention: in place, unless head norms need the raw projection again."""

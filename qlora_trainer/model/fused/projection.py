@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,8 @@ class Gradients:
 
     def collect(self, parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """Gradients for autograd, in the parameters' dtype."""
-        return tuple(self.returned[p].to(p.dtype) if p in self.returned else None for p in parameters)
+        found = cast("dict[Tensor, Tensor]", self.returned)
+        return tuple(found[p].to(p.dtype) if p in found else None for p in parameters)
 
 
 @dataclass

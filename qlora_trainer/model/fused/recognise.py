@@ -26,7 +26,7 @@ class Declined(Exception):
     """A module cannot be fused; the message is the reason, one line."""
 
 
-def _norm(module: nn.Module) -> Norm:
+def _norm(module: Any) -> Norm:
     kind = type(module).__name__
     if not kind.endswith("RMSNorm"):
         raise Declined(f"its norm is a {kind}")
@@ -38,7 +38,7 @@ def _norm(module: nn.Module) -> Norm:
     )
 
 
-def _head_norm(module: nn.Module) -> HeadNorm:
+def _head_norm(module: Any) -> HeadNorm:
     norm = _norm(module)
     return HeadNorm(norm.weight, norm.eps, norm.offset)
 
@@ -59,7 +59,7 @@ def _four_bit(weight: Any, name: str) -> QuantizedWeight:
     return QuantizedWeight(weight.data, state.code.float(), state.absmax, nested, state.blocksize, (n, k))
 
 
-def _frozen(module: nn.Module, name: str) -> QuantizedWeight | Tensor:
+def _frozen(module: Any, name: str) -> QuantizedWeight | Tensor:
     """The weight of a plain or 4-bit linear layer."""
     kind = type(module).__name__
     if kind == "Linear4bit":
@@ -71,7 +71,7 @@ def _frozen(module: nn.Module, name: str) -> QuantizedWeight | Tensor:
     return module.weight.detach()
 
 
-def _member(module: nn.Module, name: str) -> tuple[Member, Tensor | None]:
+def _member(module: Any, name: str) -> tuple[Member, Tensor | None]:
     """A linear layer with or without an adapter: (member, bias)."""
     if not isinstance(module, LoraLayer):
         return Member(name, _frozen(module, name)), getattr(module, "bias", None)
@@ -90,15 +90,16 @@ def _member(module: nn.Module, name: str) -> tuple[Member, Tensor | None]:
     dropout = module.lora_dropout[adapter]
     if isinstance(dropout, nn.Dropout) and dropout.p > 0:
         raise Declined(f"{name} has lora_dropout={dropout.p}")
-    a, b = module.lora_A[adapter], module.lora_B[adapter]
-    if type(a) is not nn.Linear or type(b) is not nn.Linear or b.bias is not None:
+    a: Any = module.lora_A[adapter]
+    b: Any = module.lora_B[adapter]
+    if type(a) is not nn.Linear or type(b) is not nn.Linear or getattr(b, "bias", None) is not None:
         raise Declined(f"{name}'s adapter is not a plain pair of matrices")
     weight = _frozen(base, name)
     return Member(name, weight, a.weight, b.weight, float(module.scaling[adapter])), base.bias
 
 
 def _group(
-    parent: nn.Module,
+    parent: Any,
     names: Sequence[str],
     make: type[Projection],
     operations: Operations,
@@ -117,7 +118,7 @@ def _unbiased(projection: Projection, biases: Sequence[Tensor | None]) -> Projec
     return projection
 
 
-def _activation(mlp: nn.Module) -> str:
+def _activation(mlp: Any) -> str:
     function = getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)
     kind = type(function).__name__
     if kind in ("SiLU", "SiLUActivation"):
@@ -129,15 +130,16 @@ def _activation(mlp: nn.Module) -> str:
     raise Declined(f"its activation is {kind}")
 
 
-def window_of(attention: nn.Module, config: Any) -> int | None:
+def window_of(attention: Any, config: Any) -> int | None:
     """Keys a query sees, or None for all before it."""
     if hasattr(attention, "sliding_window"):
-        return attention.sliding_window
+        found: int | None = attention.sliding_window
+        return found
     return getattr(config, "sliding_window", None) if config.model_type in ("mistral", "phi3") else None
 
 
 def recognise(
-    module: nn.Module,
+    module: Any,
     name: str,
     config: Any,
     operations: Operations,
@@ -200,7 +202,7 @@ def recognise(
     )
 
 
-def layer_type_of(module: nn.Module, attention: nn.Module) -> str | None:
+def layer_type_of(module: Any, attention: Any) -> str | None:
     """Which rotary table a layer reads, where a model has several (Gemma 3)."""
     found = getattr(attention, "layer_type", None) or getattr(module, "attention_type", None)
     return found if isinstance(found, str) else None
@@ -209,7 +211,7 @@ def layer_type_of(module: nn.Module, attention: nn.Module) -> str | None:
 class Rotary:
     """position ids [B, T] -> layer type -> float32 (cos, sin) [B*T, half], by the model's own module."""
 
-    def __init__(self, module: nn.Module, layer_types: Sequence[str | None]) -> None:
+    def __init__(self, module: Any, layer_types: Sequence[str | None]) -> None:
         self.module, self.layer_types = module, list(dict.fromkeys(layer_types))
         self.by_type = hasattr(module, "layer_types")
 
