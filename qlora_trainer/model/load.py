@@ -139,8 +139,8 @@ def load_base(options: BaseOptions, device: torch.device) -> PreTrainedModel:
             if device.type == "cpu" and module.in_features % BLOCKSIZE:
                 # Seen with bitsandbytes 0.50.2: a 64 x 96 weight comes back with 28% error instead of 9%.
                 raise ConfigError(
-                    f"quantization.method={options.method}: on a CPU, bitsandbytes misreads 4-bit weights whose "
-                    f"width is no multiple of {BLOCKSIZE}, such as {name} ({module.in_features}): "
+                    f"quantization.method={options.method}: on a CPU, bitsandbytes misreads 4-bit weights "
+                    f"whose width is no multiple of {BLOCKSIZE}, such as {name} ({module.in_features}): "
                     "use a GPU, or quantization.method=int8 or none"
                 )
             # On CPUs with AVX512-BF16 the first evaluation would repack the weight in place and round its

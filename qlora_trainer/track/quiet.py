@@ -12,7 +12,7 @@ import warnings
 
 def quiet_libraries() -> None:
     """Call before torch, transformers or bitsandbytes are imported. What the user set stays."""
-    # Spinning OpenMP threads starve each other when cores are shared: one CPU step took 107 s instead of 2.5 s.
+    # Spinning OpenMP threads starve each other on shared cores: one CPU step took 107 s, not 2.5 s.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # On AVX512-BF16 CPUs bitsandbytes says at import that a kernel it may fetch from the hub is not there.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
