@@ -58,6 +58,8 @@ def cheapest(
 
 def _candidates(settings: Settings) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Overrides, consequence and changed fields; first what gives the same result, only later."""
+    if settings.evaluation_rows > 1:
+        yield "evaluate.batch_size=1", "same result", {"evaluation_rows": 1}
     rows = settings.rows
     while rows > 1:
         rows //= 2

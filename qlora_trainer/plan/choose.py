@@ -83,14 +83,21 @@ def choose(shape: ModelShape, settings: Settings, hardware: Hardware) -> Choice:
         assert micro is not None and update is not None
         return micro * settings.accumulation + update
 
-    fitting = []
-    for resident in _residencies(shape, settings):
-        choices = [_choice(mix, resident, shape, settings) for mix in mixes]
-        found = next((choice for choice in choices if step(choice).total <= room), None)
-        if found is not None:
-            fitting.append(_fill(found, step(found), room, path, settings))
-    if fitting:
-        return min(fitting, key=seconds)
+    def evaluation(choice: Choice) -> int:
+        if not settings.evaluation_rows:
+            return 0
+        return memory.evaluation_phase(path, settings, base, choice.state).total
+
+    for evaluated in (evaluation, lambda choice: 0):  # what evaluation alone forbids, no policy mends
+        fitting = []
+        for resident in _residencies(shape, settings):
+            choices = [_choice(mix, resident, shape, settings) for mix in mixes]
+            found = next((choice for choice in choices if step(choice).total <= room), None)
+            if found is not None and (after := evaluated(found)) <= budget(hardware):
+                left = min(room - step(found).total, budget(hardware) - after)
+                fitting.append(_fill(found, step(found), left, path, settings))
+        if fitting:
+            return min(fitting, key=seconds)
     smallest = [_choice(mix, min(_residencies(shape, settings)), shape, settings) for mix in mixes]
     return min(smallest, key=lambda choice: step(choice).total)
 
@@ -101,10 +108,9 @@ def graph_memory(step: memory.Phase) -> int:
 
 
 def _fill(
-    choice: Choice, step: memory.Phase, room: int, path: FastPath | ReferencePath, settings: Settings
+    choice: Choice, step: memory.Phase, left: int, path: FastPath | ReferencePath, settings: Settings
 ) -> Choice:
     """Use what is left: for pages; where nothing is recomputed for graphs, then dequantized weights."""
-    left = room - step.total
     if settings.paged and settings.optimizer_resident is None and choice.host_state:
         kept = min(left, choice.host_state)
         return replace(choice, resident_state=kept, host_state=choice.host_state - kept)

@@ -7,7 +7,7 @@ all parts but `context`; tests compare it with the bytes of real small models.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from qlora_trainer.plan.fast_path import FastPath
@@ -152,12 +152,22 @@ def step_phase(
 def evaluation_phase(
     path: FastPath | ReferencePath, settings: Settings, base: Fixed, state: int, dequantized: int = 0
 ) -> Phase:
-    """A forward pass that saves nothing: one layer at work, or the head."""
-    layer, head = path.evaluation(), path.head(backward=False)
-    parts = _parts(base, settings, state, dequantized)
-    return Phase("evaluation", parts | {
-        "activations": layer if layer > head else 0, "logits": head if head >= layer else 0,
-        "workspace": _workspace(path, settings),
+    """Held-out rows without gradients: one layer at work, the head, or the cache of generated answers.
+
+    Base and tuned model are compared on the reference path, because it can switch the adapter off.
+    """
+    wide = replace(settings, rows=settings.evaluation_rows)
+    reference = ReferencePath(path.shape, wide)
+    paths = [path_of(path.shape, wide)] + ([reference] if settings.offload == "none" else [])
+    layer = max(each.evaluation() for each in paths)
+    head = max(each.head(backward=False) for each in paths)
+    cache = 0
+    if settings.new_tokens:
+        tokens = wide.tokens + wide.rows * settings.new_tokens
+        cache = tokens * path.shape.layers * 2 * path.shape.kv * settings.dtype_bytes
+    activations, logits = max((layer + cache, 0), (0, head), key=sum)
+    return Phase("evaluation", _parts(base, settings, state, dequantized) | {
+        "activations": activations, "logits": logits, "workspace": _workspace(path, settings),
     })  # fmt: skip
 
 
@@ -168,7 +178,7 @@ def phases(
     base, path = fixed(shape, settings), path_of(shape, settings)
     found = [load_phase(shape, settings, base)]
     found.append(step_phase(path, settings, base, policies, state, dequantized))
-    if settings.evaluates:
+    if settings.evaluation_rows:
         found.append(evaluation_phase(path, settings, base, state, dequantized))
     found.append(save_phase(settings, base, state, dequantized))
     if settings.merges:

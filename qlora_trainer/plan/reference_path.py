@@ -69,8 +69,9 @@ class ReferencePath:
         return gradients + (self.kept("none") if policy == "full" else 0)
 
     def head(self, *, backward: bool) -> int:
-        """Peak of the LM head and the loss, on labelled tokens: whole logits."""
-        n, v, s = self.settings.labelled, self.shape.vocab, self.settings.dtype_bytes
+        """Peak of the LM head and the loss: whole logits, where any row of the batch has a label."""
+        settings, v, s = self.settings, self.shape.vocab, self.settings.dtype_bytes
+        n = round(settings.tokens * (1 - (1 - settings.supervised) ** settings.rows))
         if backward:  # log-probabilities, their gradient, and that of the float32 logits
             return 3 * 4 * n * v
         return s * n * v + 4 * n * v * (2 if s == 2 else 1)

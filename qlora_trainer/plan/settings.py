@@ -42,6 +42,8 @@ class Settings:
         activations: auto, or the policy of every layer.
         offload: auto or none; embeddings: an untied table lives on the host; layers: 4-bit layers too,
             and stream (`model/offload.py`).
+        evaluation_rows: held-out rows measured together; 0 if nothing is held out.
+        new_tokens: that are generated to answer a held-out row; 0 if none is answered.
         optimizer_resident: bytes of paged state that may stay on the device; None: the plan chooses.
     """
 
@@ -67,7 +69,8 @@ class Settings:
     managed: bool
     optimizer_resident: int | None
     offload: str
-    evaluates: bool
+    evaluation_rows: int
+    new_tokens: int
     merges: bool
     checkpoints_kept: int
 
@@ -103,6 +106,7 @@ def from_config(
         length = min(length, data.longest)
     targets = lora.target_modules
     name = config.optim.name
+    evaluates = config.evaluate.enabled and bool(config.data.eval_path or config.data.eval_fraction)
     resident = config.optim.resident_gib
     return Settings(
         device=hardware.device,
@@ -127,7 +131,8 @@ def from_config(
         managed=name.startswith("bnb_paged") and hardware.device == "cuda",
         optimizer_resident=int(resident * GIB) if resident is not None else None,
         offload=config.model.offload,
-        evaluates=config.evaluate.enabled,
+        evaluation_rows=config.evaluate.batch_size if evaluates else 0,
+        new_tokens=config.evaluate.max_new_tokens if config.evaluate.task != "none" else 0,
         merges=any(name not in ("adapter", "gguf_adapter") for name in config.export.format),
         checkpoints_kept=config.checkpoint.save_total_limit,
     )

@@ -17,7 +17,7 @@ BASIC = Settings(
     mean_length=2048.0, method="nf4", double_quant=True, dtype_bytes=2, adapter_bytes=2, r=16,
     target_modules="all-linear", dora=False, modules_to_save=(), activations="auto", state_bits=32,
     paged=True, managed=False, optimizer_resident=None, offload="none",
-    evaluates=True, merges=False, checkpoints_kept=2,
+    evaluation_rows=8, new_tokens=0, merges=False, checkpoints_kept=2,
 )  # fmt: skip
 
 

@@ -146,6 +146,25 @@ def test_cpu_keeps_the_dequantized_weights(tmp_path) -> None:
     assert found.peak.parts["context"] == 0 and found.host["optimizer pages"] == 0
 
 
+def test_evaluation_is_planned_as_it_runs() -> None:
+    """Eight rows through whole logits can need more than a training step of one."""
+    assert "evaluation" not in [phase.name for phase in plan("24GiB").phases]
+    held_out = ("data.eval_fraction", 0.1)
+    found = plan("24GiB", held_out)
+    assert found.peak.name == "evaluation" and not found.fits
+    assert found.changes[0].overrides == "evaluate.batch_size=1" and found.changes[0].fits
+    assert plan("24GiB", held_out, ("evaluate.batch_size", 1)).fits
+    answered = plan("24GiB", held_out, ("evaluate.batch_size", 2), ("evaluate.task", "exact_match"))
+    silent = plan("24GiB", held_out, ("evaluate.batch_size", 2))
+    assert answered.phases[2].total >= silent.phases[2].total
+
+
+def test_spare_memory_is_not_taken_from_evaluation() -> None:
+    found = plan("24GiB", ("data.eval_fraction", 0.1), ("evaluate.batch_size", 4))
+    assert found.fits and 0 < found.dequantized < plan("24GiB").dequantized
+    assert found.peak.total <= found.budget
+
+
 def test_pages_leave_when_the_card_is_full() -> None:
     sizes = (
         ("lora.r", 64),
