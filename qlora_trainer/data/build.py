@@ -155,7 +155,7 @@ def _build(
                 "max_length": max_length,
                 "read": found.read,
                 "kept": kept,
-                "notes": dict(encoder.notes),
+                "notes": dict(+encoder.notes),
                 "chat_template": template.source if template else None,
                 "template_origin": template.origin if template else None,
                 "stop_token_ids": template.stop_token_ids if template else [tokenizer.eos_token_id],

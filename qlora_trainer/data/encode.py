@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from qlora_trainer.errors import ConfigError
 
 Ids = NDArray[np.int32]
 Weights = NDArray[np.float32]
+NO_ANSWER = (-1, -1)
 
 
 @dataclass(frozen=True)
@@ -125,59 +126,74 @@ class Encoder:
         self, example: Example, layout: Rendering, ids: list[int], offsets: list[tuple[int, int]]
     ) -> Document:
         """Ids and weights of one whole example, before it is cut to length."""
+        document, closed = self._masked(example, layout, ids, offsets)
+        if not closed:
+            document = self._with_eos(example, document)
+        if example.raw:
+            document = self._with_prefix(document)
+            if not example.prompt:
+                document = replace(document, answer=NO_ANSWER)  # a plain text answers nothing
+        self._note(document, layout)
+        document.weights[0] = 0.0
+        return document
+
+    def _masked(
+        self, example: Example, layout: Rendering, ids: list[int], offsets: list[tuple[int, int]]
+    ) -> tuple[Document, bool]:
+        """Weights from the layout's spans, and whether the last turn has its end-of-turn token."""
         tokens: Ids = np.asarray(ids, dtype=np.int32)
         places = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
         starts, ends = places[:, 0], places[:, 1]
-        everything = self.masking.train_on_inputs
-        weights: Weights = np.full(len(tokens), float(everything), dtype=np.float32)
+        weights: Weights = np.full(len(tokens), float(self.masking.train_on_inputs), dtype=np.float32)
         stop_token = self.eos if example.raw or self.template is None else self.template.end_of_turn
         turns = [span for span in layout.spans if span.turn]
-        answer = (0, 0)
-        closed = False
-        for number, span in enumerate(layout.spans):
+        answer, closed = NO_ANSWER, False
+        for span in layout.spans:
             inside = np.flatnonzero((starts < span.stop) & (ends > span.start))
             first = int(inside[0]) if len(inside) else int(np.searchsorted(starts, span.start))
             last = int(inside[-1]) + 1 if len(inside) else first
             if first < last and starts[first] < span.start and int(tokens[first]) in self.added:
                 first += 1  # a role token that swallows the white space behind it is still the prompt's
             if span.turn:
-                limit = len(tokens)
-                if later := [other.start for other in layout.spans[number + 1 :] if other.turn]:
-                    limit = int(np.searchsorted(starts, later[0]))
-                last, closed = self._close(tokens, starts, first, last, limit, stop_token)
+                following = min((turn.start for turn in turns if turn.start > span.start), default=None)
+                limit = len(tokens) if following is None else int(np.searchsorted(starts, following))
+                last, closed = self._close(tokens, first, last, limit, stop_token)
                 answer = (first, last)
             weights[first:last] = self._weight(example, span, span is turns[-1])
-        if (
-            not closed
-        ):  # the template (or the raw text) prints no end: EOS is ours to add, with the answer's weight
-            if example.raw and int(tokens[-1]) in self.added:
-                self.notes["other_end"] += 1
-            if not example.raw:
-                self.notes["eos_added"] += 1
-                tokens, weights = tokens[: answer[1]], weights[: answer[1]]
-            tokens = np.append(tokens, np.int32(self.eos))
-            weights = np.append(weights, np.float32(self._weight(example, turns[-1], True)))
-            answer = (answer[0], len(tokens))
-        if example.raw and self.prefix and tokens[: len(self.prefix)].tolist() != self.prefix:
-            shift = len(self.prefix)
-            tokens = np.concatenate([np.asarray(self.prefix, dtype=np.int32), tokens])
-            weights = np.concatenate([np.zeros(shift, dtype=np.float32), weights])
-            answer = (answer[0] + shift, answer[1] + shift)
-        if example.raw and not example.prompt:
-            answer = (-1, -1)  # a plain text answers nothing
-        if not layout.as_prompted:
-            self.notes["prompt_differs"] += 1
-        if self.bos is not None and len(tokens) > 1 and tokens[0] == tokens[1] == self.bos:
-            self.notes["double_bos"] += 1
-        if self.prefix and tokens[0] != self.prefix[0]:
-            self.notes["missing_bos"] += 1
-        weights[0] = 0.0
-        return Document(tokens, weights, answer)
+        return Document(tokens, weights, answer), closed
+
+    def _with_eos(self, example: Example, document: Document) -> Document:
+        """End a document whose template (or text) prints no end, with the weight of its answer."""
+        tokens, weights, (start, stop) = document.ids, document.weights, document.answer
+        if not example.raw:
+            self.notes["eos_added"] += 1
+            tokens, weights = tokens[:stop], weights[:stop]  # what the template prints behind an answer goes
+        elif len(tokens) and int(tokens[-1]) in self.added:
+            self.notes["other_end"] += 1
+        own = example.messages[-1].weight if example.messages else None
+        tokens = np.append(tokens, np.int32(self.eos))
+        weights = np.append(weights, np.float32(1.0 if own is None else own))
+        return Document(tokens, weights, (start, len(tokens)))
+
+    def _with_prefix(self, document: Document) -> Document:
+        """Put before a raw text what the tokenizer puts before any text (BOS), unless it is there."""
+        shift = len(self.prefix)
+        if document.ids[:shift].tolist() == self.prefix:
+            return document
+        ids = np.concatenate([np.asarray(self.prefix, dtype=np.int32), document.ids])
+        weights = np.concatenate([np.zeros(shift, dtype=np.float32), document.weights])
+        return Document(ids, weights, (document.answer[0] + shift, document.answer[1] + shift))
+
+    def _note(self, document: Document, layout: Rendering) -> None:
+        """Count what is odd about a document's beginning."""
+        ids = document.ids
+        self.notes["prompt_differs"] += not layout.as_prompted
+        self.notes["double_bos"] += self.bos is not None and ids[:2].tolist() == [self.bos, self.bos]
+        self.notes["missing_bos"] += bool(self.prefix) and int(ids[0]) != self.prefix[0]
 
     def _close(
         self,
         tokens: Ids,
-        starts: NDArray[np.int64],
         first: int,
         last: int,
         limit: int,
@@ -231,14 +247,14 @@ class Encoder:
             tail = _piece(document, length - size + keep, length)
             ids = np.concatenate([document.ids[:keep], tail.ids])
             weights = np.concatenate([document.weights[:keep], tail.weights])
-            return [Document(ids, weights, (-1, -1))]
+            return [Document(ids, weights, NO_ANSWER)]
         return [_piece(document, start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def _piece(document: Document, start: int, stop: int) -> Document:
     weights = document.weights[start:stop].copy()
     weights[0] = 0.0
-    return Document(document.ids[start:stop], weights, (-1, -1))
+    return Document(document.ids[start:stop], weights, NO_ANSWER)
 
 
 def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

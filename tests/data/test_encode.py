@@ -71,9 +71,9 @@ def test_raw_prompt_and_completion_get_bos_and_a_supervised_eos() -> None:
     assert show(encode, Example(completion="the sky")) == "<s>⟦the sky</s>⟧"
     [[document]] = encode([Example(prompt="two", completion=" four</s>")])
     assert (document.ids == tok.eos_token_id).sum() == 1, "an EOS that is written out is not doubled"
-    assert not encode.notes
+    assert not +encode.notes
     encode([Example(prompt="two", completion=" four<s>")])
-    assert encode.notes == {"other_end": 1}
+    assert +encode.notes == {"other_end": 1}
     [[document]] = encode([Example(prompt="<s>two", completion=" four")])
     assert (document.ids == tok.bos_token_id).sum() == 1, "a BOS that is written out is not doubled"
 
@@ -82,7 +82,7 @@ def test_double_and_missing_bos_are_counted() -> None:
     tok = tokenizer("llama2")
     encode = encoder("llama2")
     encode([Example((Message("user", "a"), Message("assistant", "b")))])
-    assert not encode.notes
+    assert not +encode.notes
     tok_template = resolve_template(None, tok, ["messages"])
     tok_template.source = "{{ bos_token }}" + tok_template.source
     encode = Encoder(tok, tok_template, max_length=64, overlong="drop", masking=Masking())
