@@ -2,7 +2,7 @@
 
 Kept tensors are those of `keep.Saved` under each policy; work follows `layer.FusedLayer`'s backward
 passes line by line; the head is `head.FusedHead`; weights are extended by a border for the adapters
-(`projection.py`). A change there is a change here: tests/gpu/test_plan.py compares the bytes.
+(`projection.py`). A change there is a change here: tests/gpu/test_plan_gpu.py compares the bytes.
 
 Legend, in features: h hidden, q queries, kv keys (or values), f MLP width; s bytes of an activation;
 M tokens of the micro-batch. All results are bytes of one micro-batch.

@@ -133,7 +133,8 @@ def make_plan(
         dequantized=choice.dequantized,
         offload=settings.offload,
         graphs=graphs,
-        host=_host(shape, settings, choice, data),
+        host=_host(shape, settings, choice, data)
+        | ({"model and step": peak} if hardware.device == "cpu" else {}),
         disk=_disk(shape, settings),
         rows=settings.rows,
         accumulation=settings.accumulation,

@@ -81,7 +81,8 @@ def _memory(plan: RunPlan) -> Table:
     """GiB by part (rows) and phase (columns)."""
     names = [name for name in plan.peak.parts if any(phase.parts[name] for phase in plan.phases)]
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("device memory at the peak, GiB")
+    where = "device memory" if plan.hardware.device == "cuda" else "memory"
+    table.add_column(f"{where} at the peak, GiB")
     for phase in plan.phases:
         table.add_column(phase.name, justify="right")
     for name in names:

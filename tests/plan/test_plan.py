@@ -144,6 +144,7 @@ def test_cpu_keeps_the_dequantized_weights(tmp_path) -> None:
     assert found.fits and found.path == "fast" and not found.graphs
     assert found.dequantized == pytest.approx(4 * 6.98e9, rel=0.02)  # float32
     assert found.peak.parts["context"] == 0 and found.host["optimizer pages"] == 0
+    assert found.host["model and step"] == found.peak.total
 
 
 def test_evaluation_is_planned_as_it_runs() -> None:
