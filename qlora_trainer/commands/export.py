@@ -11,22 +11,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qlora_trainer.checkpoint.disk import lock
 from qlora_trainer.commands import wiring
-from qlora_trainer.commands.verify import adapter_folder, exports_folder, verify_exports
+from qlora_trainer.commands.verify import exports_folder, subject, verify_exports
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.config.watch import as_dict
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.export import calibration, hub
 from qlora_trainer.export.base import Held
 from qlora_trainer.export.formats import Exporter, ExportOptions, Source
-from qlora_trainer.inference.load import (
-    TRAINED_WITH,
-    adapter_stops,
-    load_adapter_tokenizer,
-    read_json,
-    trained_base,
-)
 from qlora_trainer.model.load import DTYPES, pick_device
-from qlora_trainer.model.source import resolve
 
 
 def run(config: RunConfig) -> None:
@@ -77,21 +69,18 @@ def run(config: RunConfig) -> None:
 
 def source_of(config: RunConfig) -> Source:
     """The adapter with its base and how that was held: as recorded beside it, else as configured."""
-    adapter = adapter_folder(config)
-    foreign = config.export.adapter is not None
-    base = trained_base(adapter, config.model.model_name_or_path if foreign else None, config.model.device)
-    trained = adapter / TRAINED_WITH
-    tokenizer = load_adapter_tokenizer(adapter, base)
+    what = subject(config)
+    ours = config.export.adapter is None and what.adapter is not None
     return Source(
-        adapter=adapter,
-        base=resolve(base.name_or_path, base.revision),
-        revision=base.revision,
-        held=Held(base.method, base.double_quant, base.dtype),
-        fingerprint=read_json(trained)["base_fingerprint"] if trained.is_file() else "",
-        tokenizer=tokenizer,
-        stop_ids=adapter_stops(adapter, tokenizer),
-        data=[] if foreign else _data_names(config),
-        settings={} if foreign else as_dict(config),
+        adapter=what.adapter,
+        base=what.source,
+        revision=what.options.revision,
+        held=Held(what.options.method, what.options.double_quant, what.options.dtype),
+        fingerprint=what.record.get("base_fingerprint", ""),
+        tokenizer=what.tokenizer,
+        stop_ids=what.stop_ids,
+        data=_data_names(config) if ours else [],
+        settings=as_dict(config) if ours else {},
     )
 
 

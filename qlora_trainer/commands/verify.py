@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qlora_trainer.checkpoint.disk import atomic_write
 from qlora_trainer.commands import wiring
@@ -29,8 +30,8 @@ from qlora_trainer.inference.load import (
     read_json,
     trained_base,
 )
-from qlora_trainer.inference.stop import pad_id
-from qlora_trainer.model.load import pick_device
+from qlora_trainer.inference.stop import pad_id, stop_ids
+from qlora_trainer.model.load import BaseOptions, load_tokenizer, pick_device, pick_dtype
 from qlora_trainer.model.source import resolve
 
 
@@ -54,28 +55,16 @@ def verify_exports(config: RunConfig, exports: Mapping[str, Path]) -> None:
     Raises:
         DivergedError: naming each export that failed and why.
     """
-    wanted = config.export
-    adapter = adapter_folder(config)
-    named = config.model.model_name_or_path if wanted.adapter is not None else None
-    options = trained_base(adapter, named, config.model.device)
-    source = resolve(options.name_or_path, options.revision)
-    stored = adapter / TRAINED_WITH
-    trained: dict[str, Any] = (
-        read_json(stored) if stored.is_file() else {"method": "none", "revision": options.revision}
-    )
-    trained["stored_quantized"] = is_quantized(source, options.revision)
-    tokenizer = load_adapter_tokenizer(adapter, options)
-    stops = adapter_stops(adapter, tokenizer)
-    device = pick_device(config.model.device)
+    wanted, what = config.export, subject(config)
     yardstick = Yardstick(
-        adapter=adapter,
-        base=source,
-        trained=trained,
-        stop_ids=stops,
-        dtype=str(options.dtype).removeprefix("torch."),
-        device=device.type,
+        adapter=what.adapter,
+        base=what.source,
+        trained=what.record | {"stored_quantized": is_quantized(what.source, what.options.revision)},
+        stop_ids=what.stop_ids,
+        dtype=str(what.options.dtype).removeprefix("torch."),
+        device=pick_device(config.model.device).type,
     )
-    sample = _sample(config, tokenizer, stops)
+    sample = _sample(config, what.tokenizer, what.stop_ids)
     console = Console(stderr=True)
     verdicts = verify(
         yardstick,
@@ -98,9 +87,52 @@ def verify_exports(config: RunConfig, exports: Mapping[str, Path]) -> None:
         )
 
 
-def adapter_folder(config: RunConfig) -> Path:
-    """The adapter in question: `export.adapter`, or the run's."""
-    return find_adapter(config.export.adapter or run_folder(config))
+@dataclass(frozen=True)
+class Subject:
+    """What is exported or verified: an adapter on its base, or a base by itself.
+
+    Attributes:
+        adapter: None for a base by itself.
+        options: how the base is loaded, as recorded when it was trained on.
+        source: the base as `from_pretrained` takes it.
+        record: what training.json says, or as much of it as is known.
+    """
+
+    adapter: Path | None
+    options: BaseOptions
+    source: str
+    record: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: list[int]
+
+
+def subject(config: RunConfig) -> Subject:
+    """The run's adapter; one from elsewhere (`export.adapter`); or, with neither, the model that is named."""
+    name, device = config.model.model_name_or_path, config.model.device
+    if config.export.adapter is None and config.run is None and config.recipe is None:
+        assert name is not None, "checked with the configuration"
+        options = BaseOptions(
+            name, config.model.revision, "none", dtype=pick_dtype("auto", pick_device(device))
+        )
+        source = resolve(name, options.revision)
+        tokenizer = load_tokenizer(name, options.revision)
+        stored = Path(source) / "generation_config.json"
+        defaults = GenerationConfig.from_pretrained(source) if stored.is_file() else None
+        record = {"method": "none", "revision": options.revision}
+        return Subject(None, options, source, record, tokenizer, stop_ids(tokenizer, defaults))
+    adapter = find_adapter(config.export.adapter or run_folder(config))
+    options = trained_base(adapter, name if config.export.adapter is not None else None, device)
+    tokenizer = load_adapter_tokenizer(adapter, options)
+    return Subject(
+        adapter,
+        options,
+        resolve(options.name_or_path, options.revision),
+        read_json(adapter / TRAINED_WITH)
+        if (adapter / TRAINED_WITH).is_file()
+        else {"method": "none", "revision": options.revision},
+        tokenizer,
+        adapter_stops(adapter, tokenizer),
+    )
 
 
 def exports_folder(config: RunConfig) -> Path:

@@ -103,7 +103,8 @@ def values(config: RunConfig, command: str = "train") -> list[str]:
 def missing(config: RunConfig, command: str) -> list[str]:
     """Keys that `command` cannot do without."""
     problems = []
-    elsewhere = command in ("export", "verify") and config.export.adapter and config.output_dir
+    named = config.export.adapter or config.model.model_name_or_path  # an adapter from elsewhere, or a base
+    elsewhere = command in ("export", "verify") and named and config.output_dir
     if command in NEEDS_RUN and not (config.run or config.recipe or elsewhere):
         more = ", or export.adapter=FOLDER and output_dir=FOLDER" if command in ("export", "verify") else ""
         problems.append(f"run: {command} needs the folder of a finished run, e.g. run=outputs/NAME{more}")

@@ -23,8 +23,8 @@ from qlora_trainer.export import bnb, gguf
 from qlora_trainer.export.adapter import write_json
 from qlora_trainer.export.base import Base, Held
 from qlora_trainer.export.card import Card, licence_files, licence_of, render
-from qlora_trainer.export.delta import WEIGHTS, read_updates
-from qlora_trainer.export.fingerprint import base_fingerprint, sha256
+from qlora_trainer.export.delta import WEIGHTS, Updates, read_updates
+from qlora_trainer.export.fingerprint import base_fingerprint, sha256, size_on_disk
 from qlora_trainer.export.merge import Merge, Progress
 from qlora_trainer.export.quantize import METHODS, QuantizeOptions, quantize
 
@@ -38,7 +38,7 @@ class Source:
     """What is exported.
 
     Attributes:
-        adapter: its folder.
+        adapter: its folder; None for a base by itself, to be converted.
         base: hub name or folder of the base.
         held: how training held the base.
         fingerprint: of the base when it was trained on; empty if unknown.
@@ -46,7 +46,7 @@ class Source:
         data, settings: for the card.
     """
 
-    adapter: Path
+    adapter: Path | None
     base: str
     revision: str | None
     held: Held
@@ -120,7 +120,8 @@ class Exporter:
         if self._merge is None:
             held = self.source.held if self.options.merge_base == "trained" else None
             base = Base(self.source.base, self.source.revision, held, self.device)
-            self._merge = Merge.plan(base, read_updates(self.source.adapter), self.options.dtype)
+            updates = Updates() if self.source.adapter is None else read_updates(self.source.adapter)
+            self._merge = Merge.plan(base, updates, self.options.dtype)
         return self._merge
 
     def check(self, formats: Sequence[str]) -> None:
@@ -134,6 +135,8 @@ class Exporter:
         needed = 0
         for kind in formats:
             assert kind in FORMATS, kind
+            if kind == "adapter" and self.source.adapter is None:
+                raise ConfigError("export.format=adapter: there is none; name a run or export.adapter=FOLDER")
             if self.finished(kind):
                 continue
             if self.folder(kind).exists() and not self.options.overwrite:
@@ -154,11 +157,14 @@ class Exporter:
     def needed(self, kind: str) -> int:
         """Bytes that exporting takes at its peak, the 16-bit model it may pass through included."""
         if kind == "adapter":
-            return (
-                sum(path.stat().st_size for path in self.source.adapter.iterdir() if path.is_file()) + _SMALL
-            )
+            return size_on_disk(self._adapter) + _SMALL
         share = {"merged": 1.0, "int8": 0.75, "nf4": 0.5, "gguf": 1.0}.get(kind, 1.5)
         return int(self.merge.nbytes * share) + _SMALL
+
+    @property
+    def _adapter(self) -> Path:
+        assert self.source.adapter is not None, "refused by check"
+        return self.source.adapter
 
     def folder(self, kind: str) -> Path:
         return self.root / kind
@@ -172,7 +178,7 @@ class Exporter:
         """What the folder depends on; equal recipes give equal folders."""
         recipe: dict[str, Any] = {
             "format": kind,
-            "adapter_sha256": sha256(self.source.adapter / WEIGHTS),
+            "adapter_sha256": None if self.source.adapter is None else sha256(self._adapter / WEIGHTS),
             "base": self.source.base,
             "base_revision": self.source.revision,
         }
@@ -199,7 +205,7 @@ class Exporter:
     def _fill(self, kind: str, work: Path) -> None:
         progress = self.progress(kind) if self.progress is not None else None
         if kind == "adapter":
-            shutil.copytree(self.source.adapter, work, dirs_exist_ok=True)
+            shutil.copytree(self._adapter, work, dirs_exist_ok=True)
         elif kind == "merged":
             self.merge.write(work, progress)
         elif kind in ("int8", "nf4"):
@@ -276,9 +282,10 @@ class Exporter:
             if self.options.merge_base == "trained" and self.source.held.method != "none"
             else "the original weights of the base"
         )
-        text = (
-            f"A QLoRA adapter merged onto {on}, in float32 arithmetic, stored as {self.recipe(kind)['dtype']}"
-        )
+        stored = f"stored as {self.recipe(kind)['dtype']}"
+        text = f"A QLoRA adapter merged onto {on}, in float32 arithmetic, {stored}"
+        if self.source.adapter is None:
+            text = f"The base without adapter, {stored}"
         if kind in METHODS:
             text += f", then quantized: {self.options.quantize(kind)}"
         elif kind != "merged":

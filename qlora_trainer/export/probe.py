@@ -2,8 +2,8 @@
 
 In: a request (JSON) naming the folder, the rows and where the trained model's logits are. Out: a result
 (JSON) with divergence, perplexity, answers and timings. `verify` runs it once for every model, the
-trained one first: that run writes the logits all others are compared with. Exports are loaded by plain
-transformers and PEFT; nothing of this package touches them.
+trained one first (or the plain base, where nothing was trained): that run writes the logits all others
+are compared with. Exports are loaded by plain transformers and PEFT; nothing of this package touches them.
 
 Run as `python -m qlora_trainer.export.probe request.json result.json`.
 """
@@ -48,7 +48,9 @@ def main(request_path: str, result_path: str) -> None:
     model, tokenizer = _load(request)
     result: dict[str, Any] = {"load_seconds": time.perf_counter() - started}
     rows = [Row(row["ids"], row["measured"]) for row in request["rows"]]
-    result |= _divergence(model, rows, Path(request["logits"]), writes=request["kind"] == "trained")
+    result |= _divergence(
+        model, rows, Path(request["logits"]), writes=request["kind"] in ("trained", "plain")
+    )
     result["prompt_ids"] = _prompt_ids(tokenizer, request["conversation"])
     result |= _answers(model, tokenizer, request)
     Path(result_path).write_text(json.dumps(result), encoding="utf-8")

@@ -30,7 +30,7 @@ from qlora_trainer.checkpoint.disk import atomic_write
 from qlora_trainer.errors import CheckpointError, ConfigError
 from qlora_trainer.evaluate.match import Question, match
 from qlora_trainer.export.card import markdown_table, with_measured
-from qlora_trainer.export.fingerprint import sha256
+from qlora_trainer.export.fingerprint import sha256, size_on_disk
 
 RESULT = "verify.json"
 # Nats a token. Exact formats are held to rounding; the others to what 4 bits cost a small model that
@@ -77,7 +77,7 @@ class Yardstick:
     """The model that was trained, and how to load it.
 
     Attributes:
-        adapter: its folder.
+        adapter: its folder; None where a base by itself was converted: then that is the yardstick.
         base: hub name or folder.
         trained: the contents of training.json (see `export.adapter.TrainedOn`).
         stop_ids: that end its answers.
@@ -85,7 +85,7 @@ class Yardstick:
         device: cpu | cuda.
     """
 
-    adapter: Path
+    adapter: Path | None
     base: str
     trained: Mapping[str, Any]
     stop_ids: Sequence[int]
@@ -160,8 +160,11 @@ def verify(
                     measured["json_match"] = score.json_equal
             return measured
 
-        trained = probe("trained model", "trained", yardstick.adapter)
-        base = probe("base alone", "base", yardstick.adapter)
+        tuned, base = yardstick.adapter, None
+        if tuned is None:
+            trained = probe("base", "plain", Path(yardstick.base))
+        else:
+            trained, base = probe("trained model", "trained", tuned), probe("base alone", "base", tuned)
         found: list[Verdict] = []
         for name, folder in exports.items():
             recipe = json.loads((folder / "export.json").read_text(encoding="utf-8"))
@@ -172,11 +175,9 @@ def verify(
             share = KEEPS.get(kind, KEEPS_AT_LEAST)
             failures = judge(measured, trained, base, bound, share, len(sample.questions))
             found.append(Verdict(name, measured | {"max_kl": bound}, failures))
-    trained_size = size_on_disk(yardstick.adapter)
-    first = [
-        Verdict("trained model", trained | {"kl": 0.0, "top1": 1.0, "adapter_bytes": trained_size}),
-        Verdict("base alone", base),
-    ]
+    first = [Verdict("trained model" if base else "base", trained | {"kl": 0.0, "top1": 1.0})]
+    if base is not None:
+        first.append(Verdict("base alone", base))
     for verdict in found:
         _write(exports[verdict.name], [*first, verdict], sample)
     return [*first, *found]
@@ -185,7 +186,7 @@ def verify(
 def judge(
     measured: Mapping[str, Any],
     trained: Mapping[str, Any],
-    base: Mapping[str, Any],
+    base: Mapping[str, Any] | None,
     bound: float,
     share: float,
     questions: int,
@@ -200,7 +201,7 @@ def judge(
     kl = measured["kl"]
     if not kl <= bound:  # NaN fails too
         failures.append(f"diverges by {kl:.4f} nats a token, over the bound of {bound:g}")
-    if not kl < share * base["kl"]:
+    if base is not None and not kl < share * base["kl"]:
         lost = f"by {kl:.4f}, the base alone by {base['kl']:.4f} nats a token"
         failures.append(f"the tuning is lost: it diverges {lost}")
     if measured["prompt_ids"] != trained["prompt_ids"]:
@@ -243,11 +244,6 @@ def as_dict(verdict: Verdict) -> dict[str, Any]:
     return {"model": verdict.name, "passed": verdict.passed, "failures": list(verdict.failures)} | dict(
         verdict.measured
     )
-
-
-def size_on_disk(folder: Path) -> int:
-    """Bytes of all files of a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def digests(folder: Path) -> dict[str, str]:

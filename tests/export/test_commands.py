@@ -72,6 +72,7 @@ class FakeHub(BaseHTTPRequestHandler):
     """As much of the hub's API as creating a repository and one commit of small files takes."""
 
     received: dict
+    address: str
     status = 200
 
     def do_POST(self):
@@ -81,7 +82,7 @@ class FakeHub(BaseHTTPRequestHandler):
         elif self.path == "/api/repos/create":
             self.received["repo"] = json.loads(body)
             self.received["token"] = self.headers.get("Authorization")
-            self._answer({"url": "http://hub/me/model", "name": "me/model"})
+            self._answer({"url": f"{self.address}/me/model", "name": "me/model"})
         elif "/preupload/" in self.path:
             files = json.loads(body)["files"]
             modes = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]
@@ -92,8 +93,9 @@ class FakeHub(BaseHTTPRequestHandler):
                 if entry["key"] == "file":
                     content = base64.b64decode(entry["value"]["content"])
                     self.received["files"][entry["value"]["path"]] = content
-            url = f"http://127.0.0.1:{self.server.server_port}/me/model/commit/1"
-            self._answer({"commitUrl": url, "commitOid": "1", "hookOutput": ""})
+            self._answer(
+                {"commitUrl": f"{self.address}/me/model/commit/1", "commitOid": "1", "hookOutput": ""}
+            )
         else:
             self._answer({})
 
@@ -118,6 +120,7 @@ def hub(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
+    handler.address = address
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
     monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", address)
@@ -133,7 +136,8 @@ def test_pushing_uploads_every_file_and_the_token_stays_in_the_header(finished, 
     assert main([*line, "export.push_to_hub=me/model"]) == 0
     local = {path.name: path.read_bytes() for path in (folder / "exports" / "merged").iterdir()}
     assert hub.received["files"] == local
-    assert hub.received["repo"]["private"] is True
+    repo = hub.received["repo"]
+    assert repo.get("private") or repo.get("visibility") == "private"
     assert hub.received["token"] == "Bearer hf_a_token_of_nobody"
     assert not any(b"hf_a_token" in content for content in local.values())
     hub.status = 403
@@ -149,3 +153,13 @@ def test_a_hub_that_is_not_there_costs_nothing(finished, capsys, monkeypatch):
     assert main([*line, "export.push_to_hub=me/model"]) == 74
     assert "cannot be reached" in capsys.readouterr().err
     assert (folder / "exports" / "merged" / "model.safetensors").is_file()
+
+
+def test_a_plain_model_without_adapter_is_converted_too(finished, tmp_path):
+    """The walk-through: a base by itself, in another format."""
+    line = ["export", f"model.model_name_or_path={finished.base}", f"output_dir={tmp_path / 'out'}"]
+    assert main([*line, "export.format=[nf4]", "export.verify=false"]) == 0
+    folder = tmp_path / "out" / "exports" / "nf4"
+    assert json.loads((folder / "export.json").read_text())["adapter_sha256"] is None
+    assert "without adapter" in (folder / "README.md").read_text()
+    assert main([*line, "export.format=[adapter]", "export.verify=false"]) == 2
