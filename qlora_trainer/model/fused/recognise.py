@@ -92,7 +92,7 @@ def _member(module: Any, name: str) -> tuple[Member, Tensor | None]:
         raise Declined(f"{name} has lora_dropout={dropout.p}")
     a: Any = module.lora_A[adapter]
     b: Any = module.lora_B[adapter]
-    if type(a) is not nn.Linear or type(b) is not nn.Linear or getattr(b, "bias", None) is not None:
+    if any(type(half) is not nn.Linear for half in (a, b)) or b.bias is not None:
         raise Declined(f"{name}'s adapter is not a plain pair of matrices")
     weight = _frozen(base, name)
     return Member(name, weight, a.weight, b.weight, float(module.scaling[adapter])), base.bias
