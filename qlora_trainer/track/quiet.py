@@ -14,6 +14,8 @@ def quiet_libraries() -> None:
     """Call before torch, transformers or bitsandbytes are imported. What the user set stays."""
     # Spinning OpenMP threads starve each other on shared cores: one CPU step took 107 s, not 2.5 s.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Batches of changing length fragment the CUDA cache: 3.7 GiB lay idle on an 8B model without this.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # On AVX512-BF16 CPUs bitsandbytes says at import that a kernel it may fetch from the hub is not there.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
