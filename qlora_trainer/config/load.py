@@ -12,6 +12,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qlora_trainer.config import checks, keys, recipes
 from qlora_trainer.config.recipes import Recipe
-from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.config.schema import ExportConfig, RunConfig
 from qlora_trainer.config.watch import as_dict, watch
 from qlora_trainer.errors import ConfigError, MissingInputError
 
@@ -38,6 +39,7 @@ def load(arguments: Sequence[str], command: str = "train") -> RunConfig:
 
     Raises `ConfigError` with every problem found, `MissingInputError` for a recipe or run that is not there.
     """
+    arguments = _shorthand(arguments, command)
     overrides = _parse(arguments)
     chain, problems = _recipe_chain(overrides, command)
     run = next((str(o.value()) for o in overrides if o.key_or_group == "run" and o.value() is not None), None)
@@ -117,6 +119,20 @@ def raise_all(problems: Sequence[str]) -> None:
         raise ConfigError(problems[0])
     lines = "".join(f"\n  - {problem}" for problem in problems)
     raise ConfigError(f"{len(problems)} problems in the configuration:{lines}")
+
+
+def _shorthand(arguments: Sequence[str], command: str) -> list[str]:
+    """`export run=… format=merged`: the section's name, and the brackets of one format, may be left out."""
+    if command not in ("export", "verify"):
+        return list(arguments)
+    own = {field.name for field in fields(ExportConfig)} - {field.name for field in fields(RunConfig)}
+    full = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key == "format" and value and not value.startswith("["):
+            value = f"[{value}]"
+        full.append(f"export.{key}{equals}{value}" if equals and key in own else argument)
+    return full
 
 
 def _parse(arguments: Sequence[str]) -> list[Override]:

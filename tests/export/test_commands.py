@@ -132,7 +132,7 @@ def hub(monkeypatch):
 
 def test_pushing_uploads_every_file_and_the_token_stays_in_the_header(finished, hub, capsys):
     folder = finished.adapter.parent
-    line = ["export", f"run={folder}", "export.format=[merged]", "export.verify=false"]
+    line = ["export", f"run={folder}", "format=merged", "verify=false"]
     assert main([*line, "export.push_to_hub=me/model"]) == 0
     local = {path.name: path.read_bytes() for path in (folder / "exports" / "merged").iterdir()}
     assert hub.received["files"] == local
