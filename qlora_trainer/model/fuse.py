@@ -26,7 +26,7 @@ from .fused.layer import FusedLayer
 from .fused.parts import LayerParts
 from .fused.projection import Projection, Workspace
 from .fused.projection_fp8 import Fp8Projection
-from .fused.recognise import FAMILIES, Declined, Rotary, _norm, layer_type_of, recognise, window_of
+from .fused.recognise import FAMILIES, Declined, Rotary, layer_type_of, norm_of, recognise, window_of
 
 __all__ = ["FuseReport", "GraphedMicroStep", "fuse"]
 
@@ -182,7 +182,7 @@ def _head(
             raise Declined(f"it is a {type(lm_head).__name__}")
         if lm_head.weight.requires_grad:
             raise Declined("it is trained")
-        norm = _norm(decoder.norm)
+        norm = norm_of(decoder.norm)
     except Declined as why:
         report.modules["lm_head"] = f"reference in chunks: {why}"
         return ModuleHead(decoder.norm, lm_head, softcap, causal.config.vocab_size, chunk)

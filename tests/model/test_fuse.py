@@ -267,3 +267,13 @@ def test_a_micro_step_on_the_cpu_is_the_plain_one() -> None:
     for name, p in model.named_parameters():
         if p.requires_grad:
             assert (p.main_grad - expected[name]).norm() <= 1e-5 * expected[name].norm() + 1e-6
+
+
+def test_rotary_kinds_that_look_at_values_are_not_captured() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    base = tiny.model("llama", intermediate_size=128, rope_parameters=rope).requires_grad_(False)
+    model = attach(base, LoraOptions(r=4, dtype=torch.float32), seed=0)
+    forward, report = fuse(model)
+    assert report.fused and not forward.capturable
+    assert_equal(run(model, forward, batch("dense")), run(model, reference(model), batch("dense")))
+    assert fuse(build("llama"))[0].capturable

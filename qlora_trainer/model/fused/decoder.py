@@ -6,7 +6,7 @@ scalar, differentiable in the adapters. Layers that were not recognised run as t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from .inputs import Inputs, prepare
 from .keep import HostStore
 from .layer import Call, FusedLayer
 from .projection import Workspace
+from .recognise import Rotary
 
 
 class ModuleLayer:
@@ -69,7 +70,7 @@ def causal_mask(length: int, dtype: torch.dtype, device: torch.device) -> Tensor
 class FusedForward:
     """Callable `batch -> loss sum`; see `prepare` and `run` for what a captured graph needs apart.
 
-    embed: int64 ids -> embeddings. rotary: position ids [B, T] -> layer type -> (cos, sin) [B*T, half].
+    embed: int64 ids -> embeddings. `capturable`: whether `run` may be recorded as a CUDA graph.
     """
 
     def __init__(
@@ -78,12 +79,13 @@ class FusedForward:
         workspace: Workspace,
         embed: nn.Module,
         embeddings_on_host: Tensor | None,
-        rotary: Callable[[Tensor], dict[str | None, tuple[Tensor, Tensor]]],
+        rotary: Rotary,
         layers: Sequence[FusedLayer | ModuleLayer],
         head: FusedHead | ModuleHead,
         host: HostStore | None,
     ) -> None:
         self.device, self.workspace, self.embed, self.rotary = device, workspace, embed, rotary
+        self.capturable = not rotary.asks_the_host
         self.embeddings_on_host, self.layers, self.head, self.host = (
             embeddings_on_host,
             list(layers),

@@ -55,7 +55,7 @@ class GraphedMicroStep:
     def __call__(self, batch: Batch) -> Tensor:
         """Loss sum of `batch` (on the host, best), float32 scalar; gradients are added to `main_grad`."""
         inputs = self.forward.prepare(batch)
-        if self._pool is None:
+        if self._pool is None or not self.forward.capturable:
             return self._step(inputs)
         key = inputs.key
         if key not in self._graphs:

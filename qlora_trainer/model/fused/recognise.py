@@ -26,7 +26,8 @@ class Declined(Exception):
     """A module cannot be fused; the message is the reason, one line."""
 
 
-def _norm(module: Any) -> Norm:
+def norm_of(module: Any) -> Norm:
+    """An RMSNorm module's part; Gemma's store weight - 1."""
     kind = type(module).__name__
     if not kind.endswith("RMSNorm"):
         raise Declined(f"its norm is a {kind}")
@@ -39,7 +40,7 @@ def _norm(module: Any) -> Norm:
 
 
 def _head_norm(module: Any) -> HeadNorm:
-    norm = _norm(module)
+    norm = norm_of(module)
     return HeadNorm(norm.weight, norm.eps, norm.offset)
 
 
@@ -184,7 +185,7 @@ def recognise(
     gate_names = ("gate_up_proj",) if hasattr(mlp, "gate_up_proj") else ("gate_proj", "up_proj")
     return LayerParts(
         name=name,
-        input_norm=_norm(module.input_layernorm),
+        input_norm=norm_of(module.input_layernorm),
         qkv=qkv,
         qkv_bias=bias,
         head_norms=head_norms,
@@ -193,12 +194,12 @@ def recognise(
         window=window_of(attention, config),
         layer_type=layer_type_of(module, attention),
         o=_unbiased(*_group(attention, ("o_proj",), make, operations, workspace, "other")),
-        attention_output_norm=_norm(module.post_attention_layernorm) if sandwich else None,
-        mlp_norm=_norm(module.pre_feedforward_layernorm if sandwich else module.post_attention_layernorm),
+        attention_output_norm=norm_of(module.post_attention_layernorm) if sandwich else None,
+        mlp_norm=norm_of(module.pre_feedforward_layernorm if sandwich else module.post_attention_layernorm),
         gate_up=_unbiased(*_group(mlp, gate_names, make, operations, workspace, "gate_up")),
         down=_unbiased(*_group(mlp, ("down_proj",), make, operations, workspace, "other")),
         activation=_activation(mlp),
-        mlp_output_norm=_norm(module.post_feedforward_layernorm) if sandwich else None,
+        mlp_output_norm=norm_of(module.post_feedforward_layernorm) if sandwich else None,
     )
 
 
@@ -214,6 +215,9 @@ class Rotary:
     def __init__(self, module: Any, layer_types: Sequence[str | None]) -> None:
         self.module, self.layer_types = module, list(dict.fromkeys(layer_types))
         self.by_type = hasattr(module, "layer_types")
+        kinds = module.rope_type.values() if isinstance(module.rope_type, dict) else (module.rope_type,)
+        # these look at the positions' values on the host, which no captured graph can
+        self.asks_the_host = any(kind in ("dynamic", "longrope") for kind in kinds)
 
     def __call__(self, position_ids: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
         like = torch.empty(
