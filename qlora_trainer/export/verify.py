@@ -222,7 +222,7 @@ def table(verdicts: Sequence[Verdict], sample: Sample) -> Table:
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
-    columns, rows = _cells(verdicts)
+    columns, rows = _cells(verdicts, narrow=True)
     for column in columns:
         shown.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for verdict, row in zip(verdicts, rows, strict=True):
@@ -290,23 +290,24 @@ def _write(folder: Path, verdicts: Sequence[Verdict], sample: Sample) -> None:
         atomic_write(card, text.encode())
 
 
-def _cells(verdicts: Sequence[Verdict]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows; columns that nobody has are left out."""
+def _cells(verdicts: Sequence[Verdict], narrow: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Header and rows; columns that nobody has are left out, and `narrow` leaves out the bound."""
     wanted: list[tuple[str, str, Callable[[Any], str]]] = [
         ("KL", "kl", lambda v: f"{v:.4f}"),
         ("bound", "max_kl", lambda v: f"{v:g}"),
         ("top-1", "top1", lambda v: f"{v:.1%}"),
         ("ppl", "perplexity", lambda v: f"{v:.3f}"),
-        ("Δlogit", "max_logit_difference", lambda v: f"{v:.3f}"),
+        ("Δlogit", "max_logit_difference", lambda v: f"{v:.2f}"),
         ("match", "exact_match", lambda v: f"{v:.0%}"),
-        ("MB", "bytes", lambda v: f"{v / 1e6:.1f}"),
+        ("MB", "bytes", lambda v: f"{v / 1e6:.3g}"),
         ("load s", "load_seconds", lambda v: f"{v:.1f}"),
         ("tok/s", "tokens_per_second", lambda v: f"{v:.1f}"),
     ]
     used = [
-        column
-        for column in wanted
-        if any(verdict.measured.get(column[1]) is not None for verdict in verdicts)
+        (name, key, form)
+        for name, key, form in wanted
+        if any(verdict.measured.get(key) is not None for verdict in verdicts)
+        and not (narrow and key == "max_kl")
     ]
     rows = []
     for verdict in verdicts:
