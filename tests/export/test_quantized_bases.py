@@ -67,7 +67,9 @@ def test_a_stored_base_trains_and_its_adapter_comes_back(tmp_path, method):
 
     trained = TrainedOn.with_options(options, runs.CPU)
     folder = export_adapter(model, tiny.tokenizer(), tmp_path / "run" / "adapter", trained)
-    assert torch.equal(logits(load(folder).model), logits(model.eval()))
+    # GPTQModel's CPU kernels pack their weights anew for inference and round scales in doing so.
+    packed = 5e-3 if method in ("gptq", "awq") else 0.0
+    assert torch.allclose(logits(load(folder).model), logits(model.eval()), rtol=0, atol=packed)
 
 
 @needs_gptqmodel
