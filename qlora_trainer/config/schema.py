@@ -18,7 +18,9 @@ class ModelConfig:
     dtype: str = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
     attn_implementation: str = "auto"  # auto | sdpa | eager | flash_attention_2
     kernels: str = "auto"  # auto | reference
-    offload: str = "none"  # none | embeddings | layers (4-bit layers stream from host memory) | auto (if needed)
+    offload: str = (
+        "none"  # none | embeddings | layers (4-bit ones stream from host memory) | auto (if needed)
+    )
     device: str = "auto"  # auto | cpu | cuda
     trust_remote_code: bool = False
 
