@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 KNOWN = {  # model types whose saved tensors are tested against `reference_path.py`
-    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "opt",
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "opt",
 }  # fmt: skip
 
 

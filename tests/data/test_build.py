@@ -360,6 +360,7 @@ def test_a_file_edited_during_the_build_is_refused(
 
 
 def _build_at_once(path: str, cache: str, start: Any, results: Any) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
     start.wait()
     data = load_tokenized(DataOptions(path=path), tokenizer("qwen3"), max_length=128, cache_dir=cache)
     results.put((data.fingerprint, int(np.sum(data.document(len(data) - 1).ids))))

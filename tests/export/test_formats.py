@@ -76,7 +76,7 @@ def test_what_gguf_cannot_hold_is_refused_before_writing(tmp_path):
     run = runs.make(tmp_path, "opt")
     with pytest.raises(ConfigError, match="opt is not supported"):
         exporter(run).check(["gguf"])
-    narrow = runs.make(tmp_path / "narrow", hidden_size=48, num_attention_heads=4)
+    narrow = runs.make(tmp_path / "narrow", method="none", hidden_size=48, num_attention_heads=4)
     with pytest.raises(ConfigError, match=r"48 weights, not a multiple of 32"):
         exporter(narrow).check(["gguf"])
 

@@ -46,6 +46,6 @@ def test_what_does_not_fit_is_said_before_step_1():
     def too_big(batch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    guard = MemoryGuard(CPU, planned=3 << 30, remedies=("train.max_length=256",))
+    guard = MemoryGuard(CPU, planned=3 << 30, remedies=lambda: ("train.max_length=256",))
     with pytest.raises(OutOfMemoryError, match=r"step 1.*planned peak 3\.00 GiB.*train\.max_length=256"):
         rehearse(too_big, BATCHES[1], too_big, None, optimizer, guard)
