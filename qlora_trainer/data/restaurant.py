@@ -30,10 +30,12 @@ def _words(text: str) -> list[str]:
 FIRST = _words("""Adam Alice Andrew Anna Ben Carl Charles Chris Daniel David Edward Emily Frank Fred George
 Henry Jack Jacob James Jane Jean John Joseph Kim Lily Louis Luke Maria Marie Mark Martin Mary Matt Michael
 Aisha Amelia Bjorn Camille Diego Dmitri Elena Fatima Freya Gabriel Giulia Hassan Hiroshi Ines Jorge Katarina
-Kofi Leila Lucia Mateo Mina Nikolai Olga Pedro Quentin Rafael Rania Sergei Sofia Tatiana Umar Wei Yusuf Zoe""")
+Kofi Leila Lucia Mateo Mina Nikolai Olga Pedro Quentin Rafael Rania Sergei Sofia Tatiana Umar Wei Yusuf
+Zoe""")
 LAST = _words("""Adler Brown Costa Dubois Evans Fischer Garcia Haddad Hansen Ivanov Jensen Kowalski Kumar
 Lopez Meyer Moreau Murphy Nguyen Novak Okafor Petrov Quinn Rossi Silva Tanaka Ueda Vogel Weber Zhang Abebe
-Carvalho Demir Eriksson Fontaine Greco Horvat Ito Jovanovic Lehmann Marino Oliveira Ramos Torres Virtanen Yilmaz""")
+Carvalho Demir Eriksson Fontaine Greco Horvat Ito Jovanovic Lehmann Marino Oliveira Ramos Torres Virtanen
+Yilmaz""")
 NEW_FIRST = _words("Alexander Arthur Elizabeth Nick Paul Peter Richard Robert Rose Samuel Sarah Simon Thomas")
 NEW_LAST = _words(
     "Bergman Castillo Ferrari Iqbal Johansson Keller Lindqvist Mendoza Nakamura Park Sato Thompson"
