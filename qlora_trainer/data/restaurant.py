@@ -12,8 +12,6 @@ say is null. The base model cannot know the schema, so all that it gets right wa
     eval_phrasings  sentences that train has never seen, said by people who do not occur there
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from random import Random
