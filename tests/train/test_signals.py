@@ -20,6 +20,7 @@ from qlora_trainer.errors import PreemptedError
 from qlora_trainer.train import signals
 
 signals.GRACE = 1.0
+signals.ONE_REQUEST = 3.0  # wide enough for a busy machine to keep two signals inside it
 status = signals.Status(Path(sys.argv[1]) / "status.json")
 
 def ready(): print("ready", flush=True)
@@ -110,8 +111,7 @@ def test_loading_that_does_not_let_go_is_ended(start: Start) -> None:
     child = start(
         """
         with stop.phase("loading", interruptible=True):
-            ready()
-            try: wait()
+            try: ready(); wait()
             except PreemptedError: wait()  # a library that swallows what it does not know
         """
     )
@@ -148,10 +148,10 @@ def test_a_second_signal_leaves_at_once_and_one_passed_on_twice_does_not(start: 
     child.send(signal.SIGTERM)
     time.sleep(0.3)
     child.send(signal.SIGTERM)  # the scheduler's and the launcher's copies of one request
-    time.sleep(0.9)
+    time.sleep(3)
     assert child.process.poll() is None
     child.send(signal.SIGUSR1)
-    assert child.end(2)[0] == 75
+    assert child.end()[0] == 75
 
 
 def test_a_request_that_comes_while_saving_the_last_step_is_kept_for_the_next_phase(start: Start) -> None:
@@ -174,15 +174,13 @@ def test_signals_to_a_forked_child_do_not_reach_the_run(start: Start) -> None:
         with stop.phase("training"):
             pid = os.fork()
             if pid == 0:
-                wait(limit=20); os._exit(0)
-            print(pid, flush=True)
+                print(os.getpid(), flush=True); wait(limit=20); os._exit(0)
             _, code = os.waitpid(pid, 0)
             assert os.WTERMSIG(code) == 15, code
             assert not stop.requested()
         """
     )
     pid = int(child.line())
-    time.sleep(0.3)
     os.kill(pid, signal.SIGUSR1)
     os.kill(pid, signal.SIGTERM)
     assert child.end() == (0, "end\n")
