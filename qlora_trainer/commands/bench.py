@@ -49,9 +49,9 @@ def run(config: RunConfig) -> None:
     )
     cell = Cell(
         name=config.recipe or Path(base.name_or_path).name,
-        rows=config.train.per_device_train_batch_size,
+        rows=plan.rows,
         length=config.train.max_length,
-        accumulation=config.train.gradient_accumulation_steps,
+        accumulation=plan.accumulation,
         mean_length=300 if config.train.packing else None,
         activations=list(plan.policies),
         base_gemm=config.train.base_gemm,

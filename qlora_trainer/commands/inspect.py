@@ -8,11 +8,13 @@ import torch
 from rich.console import Console
 
 from qlora_trainer.commands import wiring
+from qlora_trainer.commands.plan import facts_of, plan_of, settled
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data import load_tokenized, screen
 from qlora_trainer.data.page import write_page
 from qlora_trainer.data.survey import Survey, survey
 from qlora_trainer.model.load import load_tokenizer
+from qlora_trainer.plan.settings import AUTO
 from qlora_trainer.train.distributed import Ranks
 
 
@@ -28,6 +30,8 @@ def run(config: RunConfig) -> None:
         data = load_tokenized(
             options, tokenizer, max_length=config.train.max_length, seed=config.seed, role=role
         )
+        if config.train.per_device_train_batch_size == AUTO:
+            config = settled(config, plan_of(config, facts_of(data), ranks.world_size))
         loader = wiring.train_loader(config, tokenizer, data, ranks)
         surveys[role] = survey(data, loader, options, tokenizer, role=role, seed=config.seed)
     if not ranks.main:

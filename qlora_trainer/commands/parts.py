@@ -14,8 +14,9 @@ import torch
 from peft import PeftModel
 from rich.console import RenderableType
 
+from qlora_trainer.checkpoint.format import Checkpoint
 from qlora_trainer.commands import wiring
-from qlora_trainer.commands.plan import plan_of
+from qlora_trainer.commands.plan import facts_of, plan_of
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data import TokenizedData
 from qlora_trainer.errors import ConfigError
@@ -30,7 +31,6 @@ from qlora_trainer.model.source import resolve
 from qlora_trainer.plan import screen
 from qlora_trainer.plan.hardware import GIB
 from qlora_trainer.plan.plan import RunPlan, check
-from qlora_trainer.plan.settings import DataFacts
 from qlora_trainer.track.console import console
 from qlora_trainer.train.distributed import Ranks
 from qlora_trainer.train.loop import Progress
@@ -71,14 +71,21 @@ def load_model(run: Run, base: BaseOptions, plan: RunPlan) -> PeftModel:
     return adapted
 
 
-def plan_run(run: Run, data: TokenizedData) -> RunPlan:
-    """Says what the run will need before any weight loads.
+def plan_run(run: Run, data: TokenizedData, begun: Checkpoint | None) -> RunPlan:
+    """Says what the run will need before any weight loads; the same micro-batch on every rank.
+
+    `begun`: the checkpoint that the run goes on from. Under `train.per_device_train_batch_size=auto` its
+    micro-batch stays, because with another the numbers would differ.
 
     Raises:
         ConfigError: it cannot fit.
     """
-    facts = DataFacts(len(data), data.n_tokens, data.n_supervised, int(data.lengths.max()))
-    plan = plan_of(run.config, facts, run.ranks.world_size)
+    facts, ranks = facts_of(data), run.ranks
+    rows = begun.state["identity"].get("train.per_device_train_batch_size") if begun else None
+    plan = plan_of(run.config, facts, ranks.world_size, rows)
+    smallest = -ranks.max(-plan.rows)  # of the ranks' choices: one may have less memory
+    if smallest != plan.rows:
+        plan = plan_of(run.config, facts, ranks.world_size, smallest)
     if run.ranks.main:
         screen.show(plan, console)
         screen.write(plan, run.folder / "plan.json")

@@ -5,17 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from rich.console import Console
 
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.config.watch import with_values
 from qlora_trainer.plan import hardware, screen, settings, shapes
 from qlora_trainer.plan.changes import cheapest
-from qlora_trainer.plan.choose import settle
+from qlora_trainer.plan.decide import decide
 from qlora_trainer.plan.plan import RunPlan, check, make_plan
 from qlora_trainer.plan.settings import DataFacts
 
 if TYPE_CHECKING:
     from qlora_trainer.data import TokenizedData
+
+QUANTILES = 256  # of the documents' lengths, for the padding
 
 
 def run(config: RunConfig) -> None:
@@ -32,30 +36,51 @@ def run(config: RunConfig) -> None:
     check(plan)
 
 
-def plan_of(config: RunConfig, data: DataFacts | None = None, world_size: int = 1) -> RunPlan:
+def plan_of(
+    config: RunConfig, data: DataFacts | None = None, world_size: int = 1, rows: int | None = None
+) -> RunPlan:
     """The plan of `config` on the machine that `plan.gpu` names, or on this one.
+
+    `rows`: of a micro-batch, where the configuration says auto and the run has begun with some.
 
     Raises:
         MissingInputError: the model's config.json is not there.
     """
-    return make_plan(config, machine(config), shape_of(config), data, world_size)
+    return make_plan(config, machine(config), shape_of(config), data, world_size, rows)
+
+
+def settled(config: RunConfig, plan: RunPlan) -> RunConfig:
+    """`config` with the plan's micro-batch in the place of `auto`."""
+    return with_values(
+        config,
+        {
+            "train.per_device_train_batch_size": plan.rows,
+            "train.gradient_accumulation_steps": plan.accumulation,
+        },
+    )
 
 
 def remedies(config: RunConfig, data: DataFacts | None = None, world_size: int = 1) -> list[str]:
     """Overrides with which `config` needs less than planned, the mildest first: for a plan that was wrong."""
     hardware_here, shape = machine(config), shape_of(config)
     asked = settings.from_config(config, hardware_here, shape, data, world_size)
-    found = cheapest(shape, settle(shape, asked, hardware_here), hardware_here)
+    found = cheapest(shape, decide(shape, asked, hardware_here).settings, hardware_here)
     return [f"{change.overrides} (peak {change.peak / 2**30:.1f} GiB)" for change in found]
 
 
 def facts_of(data: TokenizedData) -> DataFacts:
     """What the plan needs of data that has been read: one epoch's documents, repeats included."""
+    tokens = max(1, round(float((data.lengths * data.repeats).sum())))
+    ascending = np.argsort(data.lengths, kind="stable")
+    seen = np.cumsum(data.repeats[ascending])
+    middles = (np.arange(QUANTILES) + 0.5) / QUANTILES * seen[-1]
+    places = np.minimum(np.searchsorted(seen, middles), len(ascending) - 1)
     return DataFacts(
-        documents=max(1, round(float(data.repeats.sum()))),
-        tokens=max(1, round(float((data.lengths * data.repeats).sum()))),
-        supervised=data.n_supervised,
+        documents=max(1, round(float(seen[-1]))),
+        tokens=tokens,
+        supervised=round(tokens * data.n_supervised / data.n_tokens),
         longest=int(data.lengths.max()),
+        lengths=tuple(int(length) for length in data.lengths[ascending][places]),
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from qlora_trainer.checkpoint import disk, publish, resume
+from qlora_trainer.checkpoint.format import Checkpoint
 from qlora_trainer.commands import comparison, wiring
 from qlora_trainer.commands.parts import (
     Run,
@@ -25,7 +26,7 @@ from qlora_trainer.commands.parts import (
     make_forward,
     plan_run,
 )
-from qlora_trainer.commands.plan import remedies
+from qlora_trainer.commands.plan import remedies, settled
 from qlora_trainer.config.claim import claim_output_dir
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.config.watch import as_dict, unread_keys
@@ -96,12 +97,17 @@ def _train(run: Run) -> None:
         held_out = wiring.load_held_out(config, tokenizer) if config.evaluate.enabled else []
         wiring.use_template(tokenizer, data)
         run.say(describe_data(data, held_out))
+        begun = resume.find(
+            run.folder,
+            config.checkpoint.resume_from_checkpoint,
+            warn=lambda text: run.say(f"[yellow]{text}"),
+        )
+    plan = plan_run(run, data, begun)
+    config = run.config = settled(config, plan)
     loader = wiring.train_loader(config, tokenizer, data, ranks)
     total = config.train.max_steps
     if total <= 0:
         total = count_steps(loader, config.train.num_train_epochs)
-
-    plan = plan_run(run, data)
 
     with signals.phase("loading", interruptible=True):
         model = load_model(run, base, plan)
@@ -116,7 +122,7 @@ def _train(run: Run) -> None:
         )
         state = RunState(model, optimizer, Progress(), identity_of(run, base, data), ranks)
         set_seed(config.seed + ranks.rank)  # dropout differs between ranks, adapters do not
-        _resume(run, state, total)
+        _resume(run, state, total, begun)
         batches = [
             batch for part in held_out for batch in wiring.held_out_batches(config, tokenizer, part, ranks)
         ]
@@ -151,14 +157,11 @@ def _train(run: Run) -> None:
     run.say(_what_next(run.folder, base.name_or_path))
 
 
-def _resume(run: Run, state: RunState, total: int) -> None:
-    """Goes on from the checkpoint that `checkpoint.resume_from_checkpoint` asks for, if there is one."""
-    options = run.config.checkpoint
-    checkpoint = resume.find(
-        run.folder, options.resume_from_checkpoint, warn=lambda text: run.say(f"[yellow]{text}")
-    )
+def _resume(run: Run, state: RunState, total: int, checkpoint: Checkpoint | None) -> None:
+    """Goes on from `checkpoint`, if there is one."""
     if checkpoint is not None:
-        resume.check_same_run(checkpoint.state["identity"], state.identity, options.allow_change)
+        allowed = run.config.checkpoint.allow_change
+        resume.check_same_run(checkpoint.state["identity"], state.identity, allowed)
         state.restore(checkpoint)
         run.say(f"resume   {checkpoint.folder}, step {checkpoint.step} of {total}")
         if changed := changed_surroundings(checkpoint):

@@ -143,9 +143,11 @@ def train_loader(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: TokenizedData, ranks: Ranks
 ) -> Loader:
     train = config.train
+    rows = train.per_device_train_batch_size
+    assert isinstance(rows, int), "auto: the plan's choice takes its place first"
     return Loader(
         data,
-        micro_batch_size=train.per_device_train_batch_size,
+        micro_batch_size=rows,
         accumulation=train.gradient_accumulation_steps,
         max_length=train.max_length,
         packing=train.packing,

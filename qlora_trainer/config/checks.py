@@ -151,7 +151,10 @@ def _choices(flat: dict[str, Any]) -> Iterator[str]:
 def _ranges(flat: dict[str, Any]) -> Iterator[str]:
     for key, (low, high) in RANGES.items():
         value = flat[key]
-        if value is not None and not low <= value <= high:
+        if isinstance(value, str):  # the one number that may be left to the plan
+            if value != "auto":
+                yield f"{key}: {value!r} is neither a whole number nor auto"
+        elif value is not None and not low <= value <= high:
             bound = f"at least {low:g}" if high == inf else f"from {low:g} to {high:g}"
             yield f"{key}: {value} is out of range; expected {bound}"
         elif value is not None and not isfinite(value):

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
+from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
@@ -220,6 +221,8 @@ def _name(kind: Any) -> str:
     parts = get_args(kind)
     if type(None) in parts:
         return " or ".join([_name(part) for part in parts if part is not type(None)] + ["null"])
+    if get_origin(kind) is UnionType:
+        return " or ".join(map(_name, parts))
     if get_origin(kind) is list:
         return f"a list [a,b] of {_name(parts[0])}"
     if get_origin(kind) is dict:

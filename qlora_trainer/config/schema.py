@@ -69,7 +69,10 @@ class DataConfig:
 
 @dataclass
 class TrainConfig:
-    per_device_train_batch_size: int = 1
+    # Rows of a micro-batch (packs, when packing). auto: as the plan finds fastest of what fits; then
+    # gradient_accumulation_steps counts rows, so a step has the same tokens whatever is chosen. A resumed
+    # run keeps what it began with.
+    per_device_train_batch_size: int | str = 1
     gradient_accumulation_steps: int = 16
     learning_rate: float = 2e-4
     lr_scheduler_type: str = "constant"  # constant | linear | cosine

@@ -11,7 +11,7 @@ all keys and acts on none) and `as_dict(config)` reads unnoticed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import FrozenInstanceError, fields, is_dataclass
 from functools import cache
 from typing import Any, NoReturn, TypeVar
@@ -49,6 +49,24 @@ def watch(config: RunConfig, set_keys: Iterable[str] = ()) -> RunConfig:
 def plain(config: RunConfig) -> RunConfig:
     """A frozen copy of `config` whose reads are not noted."""
     return _rebuild(config, _Frozen, lambda prefix: {})
+
+
+def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """A copy of `config` with other values for some keys (`section.name`); reads are noted for both."""
+    made = _copied(config)
+    for key, value in values.items():
+        section, name = key.split(".")
+        assert name in vars(vars(made)[section]), f"no key {key}"
+        changed = _copied(vars(made)[section])
+        vars(changed)[name] = value
+        vars(made)[section] = changed
+    return made
+
+
+def _copied(section: Section) -> Section:
+    made: Section = object.__new__(type(section))
+    vars(made).update(vars(section))
+    return made
 
 
 def unread_keys(config: RunConfig) -> list[str]:

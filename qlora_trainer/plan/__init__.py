@@ -10,6 +10,8 @@ memory.py       bytes per phase and part
 fast_path.py, reference_path.py   what a layer keeps, needs and repeats under each activation policy
 speed.py        seconds per step
 choose.py       policy per layer and pages on the device: the fastest mix that fits
+decide.py       that for given settings, and what follows: offload, phases, graphs, seconds
+micro_batch.py  rows of a micro-batch under train.per_device_train_batch_size=auto
 changes.py      what to set instead when nothing fits
 plan.py         all of it together
 screen.py       one screen and plan.json

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora_trainer.plan import memory
-from qlora_trainer.plan.choose import budget, choose, settle
+from qlora_trainer.plan.decide import decide
 from qlora_trainer.plan.hardware import Hardware
 from qlora_trainer.plan.settings import Settings
 from qlora_trainer.plan.shapes import ModelShape
@@ -33,18 +32,12 @@ def cheapest(
 ) -> tuple[Change, ...]:
     """First what fits, in the order of what it costs the result; then what comes nearest."""
 
-    def peak(changed: Settings) -> int:
-        changed = settle(shape, changed, hardware)
-        choice = choose(shape, changed, hardware)
-        phases = memory.phases(shape, changed, choice.policies, choice.state, choice.dequantized)
-        return max(phase.total for phase in phases)
-
-    now, room = peak(settings), budget(hardware)
+    now = decide(shape, settings, hardware).peak
     kinds: dict[str, list[Change]] = {}
     for overrides, consequence, fields in _candidates(settings):
-        new = peak(replace(settings, **fields))
-        if new < 0.99 * now:
-            change = Change(overrides, consequence, new, new <= room)
+        found = decide(shape, replace(settings, **fields), hardware)
+        if found.peak < 0.99 * now:
+            change = Change(overrides, consequence, found.peak, found.fits)
             kinds.setdefault(overrides.split("=")[0], []).append(change)
     # Of one kind the mildest that fits, else the one that comes nearest.
     best = [

@@ -49,26 +49,14 @@ def budget(hardware: Hardware) -> int:
     return int(hardware.memory * USABLE)
 
 
-def settle(shape: ModelShape, settings: Settings, hardware: Hardware) -> Settings:
-    """`offload=auto` becomes the first of none, embeddings, layers that fits, on the path that has them."""
-    if settings.offload != "auto":
-        return settings
-    ways = ["none"]
-    if settings.fast:
-        ways += ["embeddings"] if shape.head else []
-        ways += ["layers"] if settings.method in ("nf4", "fp4") else []
-    for way in ways:
-        tried = replace(settings, offload=way)
-        choice = choose(shape, tried, hardware)
-        phases = memory.phases(shape, tried, choice.policies, choice.state, choice.dequantized)
-        if max(phase.total for phase in phases) <= budget(hardware):
-            return tried
-    return tried
+def assumed(hardware: Hardware) -> Hardware:
+    """`hardware` with a speed, to weigh one way against another where its own is not known."""
+    return hardware if hardware.flops else replace(hardware, flops=UNKNOWN_FLOPS, bus=UNKNOWN_BUS)
 
 
 def choose(shape: ModelShape, settings: Settings, hardware: Hardware) -> Choice:
     """The fastest choice that fits comfortably; if none does, the smallest."""
-    assert settings.offload != "auto", "settle comes first"
+    assert settings.offload != "auto", "`decide` settles it"
     base, path = memory.fixed(shape, settings), memory.path_of(shape, settings)
     room = int(hardware.memory * COMFORTABLE)
     mixes = _mixes(path, shape, settings)
@@ -77,7 +65,7 @@ def choose(shape: ModelShape, settings: Settings, hardware: Hardware) -> Choice:
         return memory.step_phase(path, settings, base, choice.policies, choice.state)
 
     def seconds(choice: Choice) -> float:
-        known = hardware if hardware.flops else replace(hardware, flops=UNKNOWN_FLOPS, bus=UNKNOWN_BUS)
+        known = assumed(hardware)
         micro = micro_batch_seconds(shape, settings, known, choice.policies)
         update = optimizer_seconds(shape, settings, known, choice.host_state)
         assert micro is not None and update is not None

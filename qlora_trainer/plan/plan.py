@@ -16,11 +16,13 @@ from qlora_trainer.errors import ConfigError
 from qlora_trainer.plan import memory
 from qlora_trainer.plan import settings as settings_module
 from qlora_trainer.plan.changes import Change, cheapest
-from qlora_trainer.plan.choose import Choice, budget, choose, graph_memory, settle
+from qlora_trainer.plan.choose import Choice
+from qlora_trainer.plan.decide import decide
 from qlora_trainer.plan.hardware import GIB, Hardware
+from qlora_trainer.plan.micro_batch import divisors, pick
 from qlora_trainer.plan.settings import DataFacts, Settings
 from qlora_trainer.plan.shapes import ModelShape
-from qlora_trainer.plan.speed import micro_batch_seconds, optimizer_seconds, token_flops
+from qlora_trainer.plan.speed import token_flops
 
 MARGIN, WIDE_MARGIN = 0.05, 0.20  # of the memory prediction, for tested and for unknown architectures
 PROCESS = 3 * GIB  # RAM of Python, torch and CUDA's host side
@@ -106,19 +108,18 @@ def make_plan(
     shape: ModelShape,
     data: DataFacts | None = None,
     world_size: int = 1,
+    rows: int | None = None,
 ) -> RunPlan:
-    """The plan of one run. Without `data`, every row counts as full and every token as labelled."""
-    asked = settings_module.from_config(config, hardware, shape, data, world_size)
-    settings = settle(shape, asked, hardware)
-    choice = choose(shape, settings, hardware)
-    phases = memory.phases(shape, settings, choice.policies, choice.state, choice.dequantized)
-    room = budget(hardware)
-    peak = max(phase.total for phase in phases)
-    fits = peak <= room
-    graphs = _graphs(settings, phases, room)
-    micro = micro_batch_seconds(shape, settings, hardware, choice.policies, choice.dequantized, graphs)
-    update = optimizer_seconds(shape, settings, hardware, choice.host_state)
-    seconds = None if micro is None or update is None else micro * settings.accumulation + update
+    """The plan of one run. Without `data`, every row counts as full and every token as labelled.
+
+    Under `train.per_device_train_batch_size=auto`, `rows` is what the run began with, if it has.
+    """
+    auto = config.train.per_device_train_batch_size == settings_module.AUTO
+    if auto and rows not in divisors(config.train.gradient_accumulation_steps):
+        rows = pick(config, hardware, shape, data, world_size)
+    asked = settings_module.from_config(config, hardware, shape, data, world_size, rows)
+    found = decide(shape, asked, hardware)
+    settings, choice, seconds = found.settings, found.choice, found.seconds
     tokens = settings.rows * settings.mean_length * settings.accumulation * world_size
     return RunPlan(
         hardware=hardware,
@@ -127,14 +128,14 @@ def make_plan(
         trainable=memory.adapter_parameters(shape, settings),
         path="fast" if settings.fast else "reference",
         reference_because=settings.reference_because,
-        phases=phases,
+        phases=found.phases,
         policies=choice.policies,
         optimizer_resident=choice.resident_state if choice.host_state else None,
         dequantized=choice.dequantized,
         offload=settings.offload,
-        graphs=graphs,
+        graphs=found.graphs,
         host=_host(shape, settings, choice, data)
-        | ({"model and step": peak} if hardware.device == "cpu" else {}),
+        | ({"model and step": found.peak} if hardware.device == "cpu" else {}),
         disk=_disk(shape, settings),
         rows=settings.rows,
         accumulation=settings.accumulation,
@@ -146,10 +147,10 @@ def make_plan(
         tokens_per_second=tokens / seconds if seconds else None,
         flops_per_token=token_flops(shape, settings, choice.policies),
         margin=MARGIN if shape.exact else WIDE_MARGIN,
-        budget=room,
-        fits=fits,
-        changes=() if fits else cheapest(shape, asked, hardware),
-        notes=_notes(shape, settings, hardware, data),
+        budget=found.room,
+        fits=found.fits,
+        changes=() if found.fits else cheapest(shape, asked, hardware),
+        notes=_notes(shape, settings, hardware, data, auto),
     )
 
 
@@ -188,14 +189,6 @@ def _beside(what: str, predicted: float, measured: float, unit: str, margin: flo
     error = predicted / measured - 1
     verdict = f" - off by more than {margin:.0%}" if abs(error) > margin else ""
     return f"{what}: predicted {predicted:,.4g}, measured {measured:,.4g} {unit} ({error:+.1%}){verdict}"
-
-
-def _graphs(settings: Settings, phases: tuple[memory.Phase, ...], room: int) -> bool:
-    """Streamed layers cannot be captured: what their slots hold differs from pass to pass."""
-    if settings.device == "cpu" or not settings.fast or settings.offload == "layers":
-        return False
-    step = next(phase for phase in phases if phase.name == "step")
-    return step.total + graph_memory(step) <= room
 
 
 def _host(shape: ModelShape, settings: Settings, choice: Choice, data: DataFacts | None) -> dict[str, int]:
@@ -245,9 +238,12 @@ def _steps(config: RunConfig, settings: Settings, data: DataFacts | None) -> int
 
 
 def _notes(
-    shape: ModelShape, settings: Settings, hardware: Hardware, data: DataFacts | None
+    shape: ModelShape, settings: Settings, hardware: Hardware, data: DataFacts | None, auto: bool
 ) -> tuple[str, ...]:
     notes = []
+    if auto:
+        of = settings.rows * settings.accumulation
+        notes.append(f"micro-batch auto: {settings.rows} of the {of} rows of a step at once")
     if not shape.exact:
         notes.append(
             f"architecture {shape.model_type} is planned from its shapes: memory within {WIDE_MARGIN:.0%}"

@@ -6,7 +6,7 @@ Out: `Settings`; nothing else in this room but `plan.py` reads a `RunConfig`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from qlora_trainer.config.schema import RunConfig
@@ -15,17 +15,22 @@ from qlora_trainer.plan.shapes import ModelShape
 
 # Of model/fused/recognise.py's families those whose layers are fused (gemma2's soft-caps are declined).
 FAST_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "phi3"}
+AUTO = "auto"
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What the data says: documents, their tokens, how many have a label, the longest document."""
+    """What the data says: documents, their tokens, how many have a label, the longest document.
+
+    `lengths`: tokens of equally likely documents, ascending; a few hundred say how much padding there is.
+    """
 
     documents: int
     tokens: int
     supervised: int
     longest: int
+    lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,11 @@ class Settings:
         return self.reference_because is None
 
     @property
+    def streamable(self) -> bool:
+        """Whether `model/offload.py` could stream the layers."""
+        return self.fast and self.method in ("nf4", "fp4")
+
+    @property
     def tokens(self) -> int:
         """Tokens of a micro-batch, padding included."""
         return self.rows * self.length
@@ -95,8 +105,12 @@ def from_config(
     shape: ModelShape,
     data: DataFacts | None = None,
     world_size: int = 1,
+    rows: int | None = None,
 ) -> Settings:
-    """Settings of a run; `auto` is resolved as the rooms that load and train resolve it."""
+    """Settings of a run; `auto` is resolved as the rooms that load and train resolve it.
+
+    `rows`: of a micro-batch, where the configuration leaves that to the plan.
+    """
     train, quantization, lora = config.train, config.quantization, config.lora
     dtype = config.model.dtype
     if dtype == "auto":
@@ -105,17 +119,18 @@ def from_config(
     if data is not None and not train.packing:
         length = min(length, data.longest)
     targets = lora.target_modules
+    rows, accumulation = _micro_batch(config, rows)
     name = config.optim.name
     evaluates = config.evaluate.enabled and bool(config.data.eval_path or config.data.eval_fraction)
     resident = config.optim.resident_gib
     return Settings(
         device=hardware.device,
         reference_because=_why_reference(config, shape),
-        rows=train.per_device_train_batch_size,
+        rows=rows,
         length=length,
-        accumulation=train.gradient_accumulation_steps,
+        accumulation=accumulation,
         world_size=world_size,
-        mean_length=_mean_length(length, config, data),
+        mean_length=_mean_length(rows, length, config, data),
         supervised=data.supervised / data.tokens if data is not None else 1.0,
         method=quantization.method,
         double_quant=quantization.bnb_4bit_use_double_quant,
@@ -151,14 +166,32 @@ def _why_reference(config: RunConfig, shape: ModelShape) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def _mean_length(length: int, config: RunConfig, data: DataFacts | None) -> float:
-    """Rows are full when packed; grouped or alone they carry no padding; else about half of the spread."""
+def _micro_batch(config: RunConfig, rows: int | None) -> tuple[int, int]:
+    """Rows, and micro-batches of a step; under auto `gradient_accumulation_steps` counts rows."""
+    train = config.train
+    if train.per_device_train_batch_size != AUTO:
+        return int(train.per_device_train_batch_size), train.gradient_accumulation_steps
+    rows = rows or 1
+    assert train.gradient_accumulation_steps % rows == 0
+    return rows, train.gradient_accumulation_steps // rows
+
+
+def _mean_length(rows: int, length: int, config: RunConfig, data: DataFacts | None) -> float:
+    """Packed rows are full; grouped ones carry next to no padding; else all are as long as the longest."""
     if data is None or config.train.packing:
         return float(length)
     mean = min(length, data.tokens / data.documents)
-    if config.train.per_device_train_batch_size == 1 or config.train.group_by_length:
+    if rows == 1 or config.train.group_by_length:
         return mean
-    return (mean + length) / 2
+    if not data.lengths:
+        return (mean + length) / 2
+    return min(length, expected_longest(data.lengths, rows))
+
+
+def expected_longest(lengths: Sequence[int], rows: int) -> float:
+    """Of `rows` draws from equally likely `lengths`, ascending: the mean of the largest."""
+    n = len(lengths)
+    return sum(x * (((i + 1) / n) ** rows - (i / n) ** rows) for i, x in enumerate(lengths))
 
 
 def _names(targets: Iterable[str]) -> tuple[str, ...]:
