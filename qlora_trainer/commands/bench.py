@@ -30,10 +30,10 @@ def run(config: RunConfig) -> None:
 
     from qlora_trainer.bench import measure
     from qlora_trainer.bench.cells import Cell
-    from qlora_trainer.bench.model import random_model
     from qlora_trainer.model.load import pick_device
     from qlora_trainer.model.lora import attach
     from qlora_trainer.model.source import read_config
+    from qlora_trainer.model.synthetic import random_base
 
     device = pick_device(config.model.device)
     if device.type != "cuda":
@@ -42,11 +42,15 @@ def run(config: RunConfig) -> None:
     plan = plan_of(config)
     base = wiring.base_options(config, device)
     shape = AutoConfig.for_model(**read_config(base.name_or_path, base.revision))
-    model = attach(
-        random_model(shape, device, base.dtype, base.method, base.double_quant, config.seed),
-        wiring.lora_options(config),
-        config.seed,
+    weights = random_base(
+        shape,
+        device,
+        method=base.method,
+        double_quant=base.double_quant,
+        dtype=base.dtype,
+        seed=config.seed,
     )
+    model = attach(weights, wiring.lora_options(config), config.seed)
     cell = Cell(
         name=config.recipe or Path(base.name_or_path).name,
         rows=plan.rows,

@@ -1,8 +1,9 @@
 """A quantized base of any shape with random weights, made in seconds and without 16-bit weights.
 
 In: a transformers config and a device. Out: what `load.load_base` gives, ready for adapters, for
-benchmarks and memory grids: nobody downloads 140 GB to learn how fast 70B trains. The 4-bit codes
-are drawn as they are, uniformly: NF4 spaces its values so that normal weights use all alike.
+benchmarks, memory grids and tests: nobody downloads 140 GB to learn how fast 70B trains. The 4-bit
+codes are drawn as they are, uniformly: NF4 spaces its values so that normal weights use all alike.
+Nothing is left at zero or one, neither norms nor biases: a kernel that forgets one must not pass.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from qlora_trainer.errors import ConfigError
+
 BLOCK, NESTED_BLOCK = 64, 256  # elements a scale, scales a second-level scale: bitsandbytes' defaults
-NF4_DEVIATION = 0.56  # of a code drawn uniformly
 SPREAD = 0.2  # of the scales around their mean
+NOISE = 0.02  # of biases around zero and norms around theirs
 
 
 def random_base(
@@ -31,10 +34,18 @@ def random_base(
 ) -> PreTrainedModel:
     """A frozen causal language model whose linear layers, but the head, are random 4-bit weights.
 
-    Weights have standard deviation 1/√(input width), so that deep stacks stay finite. `method` is
-    nf4, fp4, or none for random weights in `dtype`. Peak memory is the model's own size.
+    Weights have standard deviation 1/√(input width), so that deep stacks stay finite. Peak memory is the
+    model's own size.
+
+    Args:
+        method: nf4, fp4, or none for random weights in `dtype`.
+        double_quant: of the 4-bit blocks' constants.
+
+    Raises:
+        ConfigError: another method.
     """
-    assert method in ("nf4", "fp4", "none"), method
+    if method not in ("nf4", "fp4", "none"):
+        raise ConfigError(f"quantization.method={method}: random weights are made for nf4, fp4 and none")
     generator = torch.Generator(device).manual_seed(seed)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -49,6 +60,8 @@ def random_base(
                 continue
             module.to_empty(device=device)
             module.weight.data.normal_(std=module.in_features**-0.5, generator=generator)
+            if module.bias is not None:
+                module.bias.data.zero_()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)  # transformers draws from the global generator
         for module in model.modules():
@@ -57,6 +70,10 @@ def random_base(
                 model._init_weights(module)
     model.tie_weights()
     model.requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            noise = torch.empty_like(parameter).normal_(std=NOISE, generator=generator)
+            parameter.add_(noise)
     model.config.use_cache = False
     if method != "none":
         model.is_loaded_in_4bit = model.is_quantized = True  # what PEFT asks for
@@ -113,11 +130,12 @@ def _state(
 ) -> bnb_functional.QuantState:
     device = generator.device
     blocks = -(-plain.weight.numel() // BLOCK)
-    scale = plain.in_features**-0.5 / NF4_DEVIATION
+    code = bnb_functional.get_4bit_type(method, device=device)
+    scale = plain.in_features**-0.5 / float(code.square().mean().sqrt())
     state = bnb_functional.QuantState(
         absmax=torch.empty(0),
         shape=plain.weight.shape,
-        code=bnb_functional.get_4bit_type(method, device=device),
+        code=code,
         blocksize=BLOCK,
         quant_type=method,
         dtype=dtype,

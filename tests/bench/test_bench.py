@@ -1,4 +1,4 @@
-"""The bench's batches and models are what they say they are; measuring itself needs a GPU."""
+"""The bench's batches and counts are what they say they are; measuring itself needs a GPU."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from transformers import CONFIG_MAPPING
 
 from qlora_trainer.bench.cells import Cell, document_lengths, make_batch
 from qlora_trainer.bench.measure import model_flops
-from qlora_trainer.bench.model import random_model
 from qlora_trainer.data.batch import IGNORE
-from qlora_trainer.model.fuse import fuse
 from qlora_trainer.model.lora import LoraOptions, attach
+from qlora_trainer.model.synthetic import random_base
 from tests import tiny
 
 
@@ -36,25 +35,9 @@ def test_document_lengths_have_the_mean_asked_for() -> None:
     assert sum(lengths) / len(lengths) == pytest.approx(300, rel=0.05)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "phi3"])
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
-def test_random_models_train(family: str, quantization: str) -> None:
-    shape = CONFIG_MAPPING[family](**(tiny.ARCHITECTURES[family] | {"intermediate_size": 128}))
-    base = random_model(shape, torch.device("cpu"), torch.float32, quantization, nested=True)
-    assert not any(t.is_meta for t in [*base.parameters(), *base.buffers()])
-    model = attach(base, LoraOptions(r=4, dtype=torch.float32), seed=0)
-    batch = make_batch(Cell("c", 2, 32), 263, torch.Generator().manual_seed(0))
-    forward, report = fuse(model)
-    assert not report.fallbacks
-    loss = forward(batch) / batch.n_supervised
-    loss.backward()
-    assert 3 < float(loss) < 9  # about log(263): random weights know nothing
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
-
-
 def test_flops_of_a_known_shape() -> None:
     shape = CONFIG_MAPPING["llama"](**(tiny.ARCHITECTURES["llama"] | {"intermediate_size": 128}))
-    base = random_model(shape, torch.device("cpu"), torch.float32, "none", nested=True)
+    base = random_base(shape, torch.device("cpu"), method="none", dtype=torch.float32)
     model = attach(base, LoraOptions(r=4, dtype=torch.float32), seed=0)
     linear = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
     adapters = 2 * 4 * (4 * 64 + 2 * (64 + 32) + 3 * (64 + 128))

@@ -5,11 +5,16 @@ from __future__ import annotations
 import bitsandbytes as bnb
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
+from qlora_trainer.errors import ConfigError
+from qlora_trainer.model.forward import ReferenceForward
+from qlora_trainer.model.fuse import fuse
 from qlora_trainer.model.load import BaseOptions, load_base
 from qlora_trainer.model.lora import LoraOptions, attach
 from qlora_trainer.model.synthetic import random_base
 from tests import tiny
+from tests.batches import collate, documents
 
 
 def layout(model) -> dict[str, tuple]:
@@ -41,6 +46,38 @@ def test_random_base_has_the_layout_of_a_loaded_one(tmp_path, architecture, meth
     assert not any(tensor.is_meta for tensor in [*made.parameters(), *made.buffers()])
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("method", ["nf4", "none"])
+def test_the_fast_path_takes_it_and_agrees_with_the_reference(family: str, method: str) -> None:
+    shape = CONFIG_MAPPING[family](**tiny.ARCHITECTURES.get(family, tiny.ARCHITECTURES["gemma2"]))
+    base = random_base(shape, torch.device("cpu"), method=method, dtype=torch.float32)
+    model = attach(base, LoraOptions(r=4, dtype=torch.float32), seed=0)
+    batch = collate([[document] for document in documents([20, 30])])
+    forward, report = fuse(model)
+    assert not report.fallbacks
+    loss = forward(batch) / batch.n_supervised
+    assert 3 < loss.item() < 9  # about log(263): random weights know nothing
+    reference = ReferenceForward(model)(batch).item() / batch.n_supervised
+    assert loss.item() == pytest.approx(reference, rel=1e-5)
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(("architecture", "around"), [("llama", 1), ("gemma", 0)])
+def test_norms_and_biases_are_neither_ones_nor_zeros(architecture: str, around: float) -> None:
+    base = random_base(tiny.model(architecture).config, torch.device("cpu"), dtype=torch.float32)
+    norm = base.model.layers[0].input_layernorm.weight
+    assert norm.mean() == pytest.approx(around, abs=0.02) and 0.01 < norm.std() < 0.03
+    for method in ("nf4", "none"):
+        base = random_base(tiny.model("qwen2").config, torch.device("cpu"), method=method)
+        assert 0.01 < base.model.layers[0].self_attn.q_proj.bias.float().std() < 0.03
+
+
+def test_other_methods_are_refused() -> None:
+    with pytest.raises(ConfigError, match="int8"):
+        random_base(tiny.model("llama").config, torch.device("cpu"), method="int8")
+
+
 def test_random_base_trains_and_repeats() -> None:
     config = tiny.model("llama").config
     losses = []
@@ -54,6 +91,11 @@ def test_random_base_trains_and_repeats() -> None:
         gradients = [p.grad for p in model.parameters() if p.requires_grad]
         assert gradients and all(g is not None and torch.isfinite(g).all() for g in gradients)
     assert losses[0] == losses[1] and losses[0] == pytest.approx(5.57, abs=0.5)  # ln 263: knows nothing
+
+
+@pytest.mark.parametrize("method", ["nf4", "fp4"])
+def test_weights_have_the_spread_that_keeps_deep_stacks_finite(method: str) -> None:
+    base = random_base(tiny.model("llama").config, torch.device("cpu"), method=method)
     weight = base.model.layers[0].self_attn.q_proj.weight
     values = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
-    assert values.std() == pytest.approx(64**-0.5, rel=0.1)
+    assert values.std().item() == pytest.approx(64**-0.5, rel=0.1)
