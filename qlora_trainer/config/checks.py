@@ -41,7 +41,18 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "evaluate.task": ("none", "exact_match"),
     "export.merge_base": ("trained", "original"),
     "export.dtype": ("auto", "bfloat16", "float32", "float16"),
-    "export.gguf_type": ("f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
+    "export.gguf_type": (
+        "f16",
+        "bf16",
+        "q8_0",
+        "q6_k",
+        "q5_k_m",
+        "q5_1",
+        "q5_0",
+        "q4_k_m",
+        "q4_1",
+        "q4_0",
+    ),
 }
 LISTS: dict[str, tuple[str, ...]] = {
     "track.report_to": ("wandb",),
@@ -205,6 +216,11 @@ def _conflicts(config: RunConfig, command: str) -> Iterator[str]:
     if isinstance(lora.target_modules, list) and lora.modules_to_save:
         for name in sorted(set(lora.target_modules) & set(lora.modules_to_save)):
             yield f"lora.modules_to_save: {name} is in lora.target_modules too; name it in one of the two"
+    if train.base_gemm == "fp8" and model.offload == "layers":
+        yield (
+            "model.offload: layers stream in 4 bits, train.base_gemm=fp8 keeps all of them on the GPU in 8; "
+            "set one of the two"
+        )
     if train.packing and train.group_by_length:
         yield "train.group_by_length: has no use with train.packing=true (every row is full); set one"
     if not train.packing and data.overlong == "split":

@@ -144,7 +144,7 @@ class ExportConfig:
     group_size: int = 128  # weights that share a scale; -1: whole rows
     sym: bool = True
     desc_act: bool = False
-    gguf_type: str = "q8_0"  # f16 | bf16 | q8_0 | q5_1 | q5_0 | q4_1 | q4_0
+    gguf_type: str = "q8_0"  # f16 | bf16 | q8_0 | q6_k | q5_k_m | q5_1 | q5_0 | q4_k_m | q4_1 | q4_0
     calibration: str = "train"  # the run's training rows | c4 | wikitext | a file or dataset
     calibration_samples: int = 128
     calibration_length: int = 512  # tokens

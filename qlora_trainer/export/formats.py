@@ -76,7 +76,7 @@ class ExportOptions:
         merge_base: trained | original.
         dtype: of merged weights; None is the base's own.
         quantize: for gptq, awq and rtn.
-        gguf_type: f16 | bf16 | q8_0 | q5_1 | q5_0 | q4_1 | q4_0.
+        gguf_type: f16 | bf16 | q8_0 | q6_k | q5_k_m | q5_1 | q5_0 | q4_k_m | q4_1 | q4_0.
     """
 
     merge_base: str = "trained"
@@ -169,6 +169,10 @@ class Exporter:
     def folder(self, kind: str) -> Path:
         return self.root / kind
 
+    def log(self, kind: str) -> Path:
+        """What a library printed; outside the folder, so that it is there to be read after a failure."""
+        return self.root / f"{kind}.log"
+
     def finished(self, kind: str) -> bool:
         """Whether that folder is there and was made from this adapter with these settings."""
         path = self.folder(kind) / RECIPE
@@ -198,9 +202,11 @@ class Exporter:
         """Makes the folder of one format, or keeps a finished one; returns it."""
         if self.finished(kind):
             return self.folder(kind)
-        return publish_folder(
+        folder = publish_folder(
             self.folder(kind), lambda work: self._fill(kind, work), needed=self.needed(kind)
         )
+        self.log(kind).unlink(missing_ok=True)
+        return folder
 
     def _fill(self, kind: str, work: Path) -> None:
         progress = self.progress(kind) if self.progress is not None else None
@@ -212,7 +218,14 @@ class Exporter:
             bnb.write(self.merge, work, kind, progress)
         elif kind == "gguf":
             name = f"model-{self.options.gguf_type}.gguf"
-            gguf.write(self.merge, self.source.tokenizer, work / name, self.options.gguf_type, progress)
+            gguf.write(
+                self.merge,
+                self.source.tokenizer,
+                work / name,
+                self.options.gguf_type,
+                self.log(kind),
+                progress,
+            )
         else:
             self._quantize(kind, work, progress)
         if kind != "adapter":
@@ -229,7 +242,6 @@ class Exporter:
             merged.mkdir()
             self.merge.write(merged)
             self._accompany(merged)
-        log = work / "log.txt"
         quantize(
             merged,
             work / "quantized",
@@ -237,7 +249,7 @@ class Exporter:
             [] if kind == "rtn" else self.calibration(),
             self.merge.base.config.num_hidden_layers,
             self.device.type,
-            log,
+            self.log(kind),
             progress,
         )
         for path in (work / "quantized").iterdir():
@@ -246,7 +258,6 @@ class Exporter:
                 path.rename(work / path.name)
         shutil.rmtree(work / "quantized")
         shutil.rmtree(passing, ignore_errors=True)
-        log.unlink()
 
     def _accompany(self, work: Path) -> None:
         """Tokenizer with template, stop tokens and the base's licence, as every export has them."""

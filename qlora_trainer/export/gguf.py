@@ -1,9 +1,10 @@
 """A merged model as one GGUF file, for llama.cpp and what is built on it.
 
 In: a `Merge` and the tokenizer. Out: `model-<type>.gguf` with weights, vocabulary, merges, special tokens
-and the chat template inside. Types are those that the `gguf` package itself can quantize: F16, BF16,
-Q8_0, Q5_1, Q5_0, Q4_1, Q4_0; the K-quants it can only read. Embeddings and head stay at Q8_0 or more,
-norms at float32. Architectures and pre-tokenizers that are not in the two tables are refused by name.
+and the chat template inside. F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1 and Q4_0 are quantized by the `gguf`
+package itself, embeddings and head at Q8_0 or more; Q6_K, Q5_K_M and Q4_K_M are llama.cpp's mixes of
+K-quants (`kquants`). Norms stay at float32. Architectures and pre-tokenizers that are not in the two
+tables are refused by name.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qlora_trainer.errors import ConfigError
-from qlora_trainer.export.merge import Merge, Progress
+from qlora_trainer.export import kquants
+from qlora_trainer.export.kquants import KQuantizer
+from qlora_trainer.export.merge import Merge, Piece, Progress
 
 ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
@@ -33,7 +36,7 @@ TYPES = {
     "q5_0": (GGMLQuantizationType.Q5_0, LlamaFileType.MOSTLY_Q5_0),
     "q4_1": (GGMLQuantizationType.Q4_1, LlamaFileType.MOSTLY_Q4_1),
     "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
-}
+} | kquants.MIXES
 BLOCK = 32  # weights that share a scale, along a row
 # llama.cpp's name of a pre-tokenizer, by what its JSON contains; the first that fits.
 _PRE = (
@@ -53,6 +56,8 @@ def check(merge: Merge, tokenizer: PreTrainedTokenizerBase, kind: str) -> None:
     config = merge.base.config
     if kind not in TYPES:
         raise ConfigError(f"export.gguf_type={kind}: expected one of {' '.join(TYPES)}")
+    if kind in kquants.MIXES:
+        kquants.require_library(kind)
     if config.model_type not in ARCHITECTURES:
         raise ConfigError(
             f"export.format=gguf: {config.model_type} is not supported, only {' '.join(ARCHITECTURES)}"
@@ -71,38 +76,66 @@ def check(merge: Merge, tokenizer: PreTrainedTokenizerBase, kind: str) -> None:
 
 
 def write(
-    merge: Merge, tokenizer: PreTrainedTokenizerBase, path: Path, kind: str, progress: Progress | None = None
+    merge: Merge,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    kind: str,
+    log: Path,
+    progress: Progress | None = None,
 ) -> None:
-    """One file; weights are converted one at a time and spooled to disk by the writer."""
+    """One file; weights are converted one at a time and spooled to disk by the writer.
+
+    Args:
+        log: takes what the library of the K-quants prints.
+
+    Raises:
+        ConfigError: a tensor that has no place in GGUF.
+        CheckpointError: the library of the K-quants failed.
+    """
     config = merge.base.config
     architecture = ARCHITECTURES[config.model_type]
-    weight_type, file_type = TYPES[kind]
+    _, file_type = TYPES[kind]
     writer = GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture], use_temp_file=True)
     _describe(writer, merge, file_type)
     _add_vocabulary(writer, tokenizer, merge.vocab_size)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     done = 0
-    for _, reader, pieces in merge.by_shard():
-        for piece in pieces:
-            stem, _, suffix = piece.parameter.rpartition(".")
-            name = names.get_name(stem)
-            if name is None:
-                raise ConfigError(f"export.format=gguf: {piece.parameter} has no place in GGUF")
-            value = _rotary_order(piece.parameter, merge.value(piece, reader).cpu(), config)
-            chosen = weight_type
-            if value.ndim == 1:
-                chosen = GGMLQuantizationType.F32
-            elif piece.parameter in merge.base.embeddings and kind not in ("f16", "bf16"):
-                chosen = GGMLQuantizationType.Q8_0
-            array = gguf.quants.quantize(value.numpy(), chosen)
-            writer.add_tensor(f"{name}.{suffix}", array, raw_dtype=chosen)
-            done += value.numel() * merge.dtype.itemsize
-            if progress is not None:
-                progress(done, merge.nbytes)
+    with KQuantizer(log, merge.base.device.type) as kquantizer:
+        for _, reader, pieces in merge.by_shard():
+            for piece in pieces:
+                stem, _, suffix = piece.parameter.rpartition(".")
+                name = names.get_name(stem)
+                if name is None:
+                    raise ConfigError(f"export.format=gguf: {piece.parameter} has no place in GGUF")
+                name = f"{name}.{suffix}"
+                value = _rotary_order(piece.parameter, merge.value(piece, reader).cpu(), config)
+                chosen = _tensor_type(merge, piece, name, kind)
+                if chosen in kquants.TYPES:
+                    array = kquantizer.quantize(value, chosen)
+                else:
+                    array = gguf.quants.quantize(value.numpy(), chosen)
+                writer.add_tensor(name, array, raw_dtype=chosen)
+                done += value.numel() * merge.dtype.itemsize
+                if progress is not None:
+                    progress(done, merge.nbytes)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _tensor_type(merge: Merge, piece: Piece, name: str, kind: str) -> GGMLQuantizationType:
+    """How the tensor called `name` in GGUF is stored in a file of type `kind`."""
+    if len(piece.shape) == 1:
+        return GGMLQuantizationType.F32
+    if kind in kquants.MIXES:
+        layers = merge.base.config.num_hidden_layers
+        return kquants.tensor_type(
+            name, piece.shape[-1], kind, layers, bool(merge.base.tied) and not merge.untied
+        )
+    if piece.parameter in merge.base.embeddings and kind not in ("f16", "bf16"):
+        return GGMLQuantizationType.Q8_0
+    return TYPES[kind][0]
 
 
 def _describe(writer: GGUFWriter, merge: Merge, file_type: LlamaFileType) -> None:

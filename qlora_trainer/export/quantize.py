@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from qlora_trainer.errors import CheckpointError, ConfigError
+from qlora_trainer.export.worker_log import last_line
 
 METHODS = ("gptq", "awq", "rtn")
 BITS = {"gptq": (3, 4, 8), "awq": (4,), "rtn": (3, 4, 8)}
@@ -138,7 +139,4 @@ def quantize(
             process.kill()
             process.wait()
     if code:
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        raise CheckpointError(
-            f"{options.method}: GPTQModel failed: {lines[-1][:300] if lines else f'exit {code}'}; see {log}"
-        )
+        raise CheckpointError(f"{options.method}: GPTQModel failed: {last_line(log, code)} (see {log})")

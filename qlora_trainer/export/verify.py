@@ -31,6 +31,7 @@ from qlora_trainer.errors import CheckpointError, ConfigError
 from qlora_trainer.evaluate.match import Question, match
 from qlora_trainer.export.card import markdown_table, with_measured
 from qlora_trainer.export.fingerprint import sha256, size_on_disk
+from qlora_trainer.export.worker_log import last_line
 
 RESULT = "verify.json"
 # Nats a token. Exact formats are held to rounding; the others to what 4 bits cost a small model that
@@ -272,10 +273,8 @@ def run_probe(name: str, request: dict[str, Any], work: Path) -> dict[str, Any]:
             stderr=subprocess.STDOUT,
         )
     if code or not answered.is_file():
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         raise CheckpointError(
-            f"{name} cannot be loaded and measured: {lines[-1][:300] if lines else f'exit {code}'} "
-            f"({request['folder']})"
+            f"{name} cannot be loaded and measured: {last_line(log, code)} ({request['folder']})"
         )
     result: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
     return result
