@@ -66,7 +66,9 @@ def _candidates(settings: Settings) -> Iterator[tuple[str, str, dict[str, Any]]]
         yield "train.activations=full", "same result, slower", {"activations": "full"}
     if settings.offload == "none" and settings.fast:
         yield "model.offload=embeddings", "same result", {"offload": "embeddings"}
-    if settings.offload in ("none", "embeddings") and settings.fast and settings.method in ("nf4", "fp4"):
+    if settings.fp8:
+        yield "train.base_gemm=bf16", "closer to float32, slower", {"fp8": False}
+    if settings.offload in ("none", "embeddings") and settings.streamable:
         yield "model.offload=layers", "same result, slower", {"offload": "layers"}
     if settings.reference_because == "model.kernels=reference":
         yield "model.kernels=auto", "same result to rounding, faster", {"reference_because": None}

@@ -102,6 +102,8 @@ def _fill(
     if settings.paged and settings.optimizer_resident is None and choice.host_state:
         kept = min(left, choice.host_state)
         return replace(choice, resident_state=kept, host_state=choice.host_state - kept)
+    if settings.fp8:
+        return choice  # its copies are there already
     if settings.device == "cpu" and isinstance(path, FastPath) and settings.method != "none":
         return replace(choice, dequantized=path.dequantized())  # fuse keeps all of them there
     if not isinstance(path, FastPath) or set(choice.policies) != {"none"}:

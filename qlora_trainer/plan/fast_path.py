@@ -34,15 +34,28 @@ class Group:
     k: int
     rank: int
     align: int
+    fp8: bool
+
+    @property
+    def pad(self) -> int:
+        """The ranks, rounded up to a tile."""
+        return -(-self.rank // self.align) * self.align
 
     @property
     def border(self) -> int:
-        return -(-self.rank // self.align) * self.align
+        """Spare columns of a wide activation: none where the operand of a product is an e4m3 copy anyway."""
+        return 0 if self.fp8 else self.pad
 
     @property
     def extended(self) -> int:
         """Elements of the weight with its border."""
-        return (self.n + self.border) * (self.k + self.border)
+        return (self.n + self.pad) * (self.k + self.pad)
+
+    def e4m3(self, dtype_bytes: int) -> int:
+        """Bytes of `projection_fp8.Fp8Projection.make_resident`: both orientations with a border and a scale
+        a row, and the adapters packed in the compute dtype."""
+        copies = self.n * (self.k + self.pad) + self.k * (self.n + self.pad)
+        return copies + 4 * (self.n + self.k) + dtype_bytes * self.pad * (self.n + self.k)
 
 
 def groups(shape: ModelShape, settings: Settings) -> dict[str, Group]:
@@ -52,7 +65,7 @@ def groups(shape: ModelShape, settings: Settings) -> dict[str, Group]:
     for x in shape.linears:
         if x.layer == 0 and x.name in GROUPS:
             role = GROUPS[x.name]
-            before = found.get(role, Group(0, x.in_features, 0, BORDER[settings.device]))
+            before = found.get(role, Group(0, x.in_features, 0, BORDER[settings.device], settings.fp8))
             rank = settings.r if x.name in targets else 0
             found[role] = replace(before, n=before.n + x.out_features, rank=before.rank + rank)
     return found
@@ -116,13 +129,16 @@ class FastPath:
         elif policy == "offload":  # this layer's tensors back on the device, and those of the one below
             again = 2 * tokens * self._wide()
         incoming = tokens * s * (h + g["down"].border)  # gradient of the layer's output
+        e4m3_down = g["down"].n + g["down"].pad if g["down"].fp8 else 0  # operands of the two products
+        e4m3_up = g["gate_up"].n + (1 + s) * g["gate_up"].pad if g["gate_up"].fp8 else 0
         if policy == "none":
-            mlp = tokens * s * (h + f)  # gradients of the normed input and of the inner activation
+            # gradients of the normed input and of the inner activation
+            mlp = tokens * (s * h + max(s * f + e4m3_down, e4m3_up))
             freed = tokens * s * (g["gate_up"].n + g["gate_up"].border)
         else:
             rows = min(tokens, MLP_ROWS)
             inner = (h + g["gate_up"].border) + (g["gate_up"].n + g["gate_up"].border) + f
-            mlp = tokens * s * h + rows * s * inner
+            mlp = tokens * s * h + rows * (s * inner + e4m3_down)
             freed = 0
         # d_x2, d_attended, dq dk dv, and cuDNN's float32 dq
         attention = tokens * (s * (h + g["o"].border + q + qkv) + 4 * q) - freed
@@ -142,10 +158,20 @@ class FastPath:
         stream = 6 * h + g["qkv"].n + self.shape.q  # x, delta, x2, y, normed, output
         return tokens * s * (stream + g["gate_up"].n + g["gate_up"].border + g["down"].k + g["down"].border)
 
-    def workspace(self) -> int:
-        """Workspace: one buffer for gate and up, one for the largest of the others."""
+    def workspace(self, dequantized: int = 0) -> int:
+        """Workspace: one buffer for gate and up, one for the largest of the others; made when first needed.
+
+        `dequantized`: bytes of the weights that stay in 16 bits; where all do, nothing asks for a buffer.
+        """
+        if self.settings.fp8 or dequantized >= self.dequantized():
+            return 0
         sizes = {role: group.extended * self.settings.dtype_bytes for role, group in self.groups.items()}
         return sizes.pop("gate_up") + max(sizes.values())
+
+    def e4m3(self) -> int:
+        """Bytes of all weights as resident e4m3 copies."""
+        each = sum(group.e4m3(self.settings.dtype_bytes) for group in self.groups.values())
+        return each * self.shape.layers
 
     def dequantized(self) -> int:
         """Bytes of all weights as resident 16-bit copies (fuse's resident_bytes)."""

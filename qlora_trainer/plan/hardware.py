@@ -27,6 +27,7 @@ class Hardware:
         flops: peak dense bf16 FLOP/s (on a CPU: float32, sustained), None if not known.
         bandwidth: bytes/s of device memory.
         bus: bytes/s between device and pinned host memory, one direction, as reached.
+        capability: CUDA's number for what it can compute; None: not known, taken for a recent one.
         host_memory: bytes of RAM that are available, None if not known.
         disk: bytes that are free where the run writes, None if not known.
     """
@@ -37,35 +38,49 @@ class Hardware:
     flops: float | None
     bandwidth: float | None
     bus: float | None
+    capability: tuple[int, int] | None = None
     host_memory: int | None = None
     disk: int | None = None
 
+    @property
+    def has_bf16(self) -> bool:
+        """Whether it computes in bfloat16 without emulating it (Ampere and later)."""
+        return self.device == "cuda" and (self.capability is None or self.capability >= (8, 0))
 
-def _card(name: str, gib: float, tflops: float, gb_per_s: float, bus: float = 25) -> Hardware:
-    return Hardware(name, "cuda", int(gib * GIB), tflops * 1e12, gb_per_s * 1e9, bus * 1e9)
+    @property
+    def has_fp8(self) -> bool:
+        """Whether e4m3 products run there (Ada, Hopper and later; emulated on a CPU)."""
+        return self.device == "cpu" or self.capability is None or self.capability >= (8, 9)
 
 
-# GiB that CUDA reports as total; dense bf16 TFLOP/s; GB/s. PCIe 5 cards reach about 50 GB/s, PCIe 4 about 25.
+def _card(
+    name: str, gib: float, tflops: float, gb_per_s: float, capability: tuple[int, int], bus: float = 25
+) -> Hardware:
+    return Hardware(name, "cuda", int(gib * GIB), tflops * 1e12, gb_per_s * 1e9, bus * 1e9, capability)
+
+
+# GiB that CUDA reports as total; dense bf16 TFLOP/s (float32 on a T4, which has no bfloat16); GB/s; compute
+# capability. PCIe 5 cards reach about 50 GB/s, PCIe 4 about 25.
 CARDS = {
     card.name: card
     for card in (
-        _card("H200 141GB", 139.8, 989, 4800, 50),
-        _card("H100 80GB", 79.2, 989, 3350, 50),
-        _card("H100 PCIe 80GB", 79.2, 756, 2000, 50),
-        _card("B200 180GB", 178, 2250, 7700, 50),
-        _card("A100 80GB", 79.2, 312, 2039),
-        _card("A100 40GB", 39.4, 312, 1555),
-        _card("L40S 48GB", 44.4, 362, 864),
-        _card("L4 24GB", 22.0, 121, 300),
-        _card("A10 24GB", 22.0, 125, 600),
-        _card("RTX 6000 Ada 48GB", 47.4, 364, 960),
-        _card("RTX A6000 48GB", 47.4, 155, 768),
-        _card("RTX 5090 32GB", 31.4, 209, 1792, 50),
-        _card("RTX 4090 24GB", 23.5, 165, 1008),
-        _card("RTX 4080 16GB", 15.6, 97, 717),
-        _card("RTX 3090 24GB", 23.6, 71, 936),
-        _card("RTX 3060 12GB", 11.6, 26, 360, 12),
-        _card("T4 16GB", 14.6, 65, 320, 12),
+        _card("H200 141GB", 139.8, 989, 4800, (9, 0), 50),
+        _card("H100 80GB", 79.2, 989, 3350, (9, 0), 50),
+        _card("H100 PCIe 80GB", 79.2, 756, 2000, (9, 0), 50),
+        _card("B200 180GB", 178, 2250, 7700, (10, 0), 50),
+        _card("A100 80GB", 79.2, 312, 2039, (8, 0)),
+        _card("A100 40GB", 39.4, 312, 1555, (8, 0)),
+        _card("L40S 48GB", 44.4, 362, 864, (8, 9)),
+        _card("L4 24GB", 22.0, 121, 300, (8, 9)),
+        _card("A10 24GB", 22.0, 125, 600, (8, 6)),
+        _card("RTX 6000 Ada 48GB", 47.4, 364, 960, (8, 9)),
+        _card("RTX A6000 48GB", 47.4, 155, 768, (8, 6)),
+        _card("RTX 5090 32GB", 31.4, 209, 1792, (12, 0), 50),
+        _card("RTX 4090 24GB", 23.5, 165, 1008, (8, 9)),
+        _card("RTX 4080 16GB", 15.6, 97, 717, (8, 9)),
+        _card("RTX 3090 24GB", 23.6, 71, 936, (8, 6)),
+        _card("RTX 3060 12GB", 11.6, 26, 360, (8, 6), 12),
+        _card("T4 16GB", 14.6, 8.1, 320, (7, 5), 12),
     )
 }
 CPU_FLOPS = 45e9  # float32, one thread, a training step of a small model (SmolLM2-135M, 84 tokens/s)
@@ -123,7 +138,14 @@ def detect(device: str, folder: Path) -> Hardware:
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     card = _find(properties.name)
     here = card or Hardware(properties.name, "cuda", 0, None, None, None)
-    return replace(here, name=properties.name, memory=properties.total_memory, host_memory=host, disk=disk)
+    return replace(
+        here,
+        name=properties.name,
+        memory=properties.total_memory,
+        capability=(properties.major, properties.minor),
+        host_memory=host,
+        disk=disk,
+    )
 
 
 def available_ram() -> int | None:

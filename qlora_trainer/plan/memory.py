@@ -47,6 +47,7 @@ class Fixed:
 
     base_weights: int
     quantization_constants: int
+    e4m3_copies: int
     embeddings_and_head: int
     adapter: int
     gradients: int
@@ -102,6 +103,7 @@ def fixed(shape: ModelShape, settings: Settings) -> Fixed:
     return Fixed(
         base_weights=base_weights,
         quantization_constants=sum(constants_bytes(x, settings) for x in shape.linears),
+        e4m3_copies=FastPath(shape, settings).e4m3() if settings.fp8 else 0,
         embeddings_and_head=settings.dtype_bytes * (embedding + shape.head + shape.other),
         adapter=settings.adapter_bytes * trained,
         gradients=4 * trained,
@@ -145,7 +147,7 @@ def step_phase(
     activations = kept[-1] if peak > layer else peak
     parts = _parts(base, settings, state, dequantized)
     return Phase("step", parts | {
-        "activations": activations, "logits": peak - activations, "workspace": _workspace(path, settings),
+        "activations": activations, "logits": peak - activations, "workspace": _workspace(path, settings, dequantized),
     })  # fmt: skip
 
 
@@ -167,7 +169,7 @@ def evaluation_phase(
         cache = tokens * path.shape.layers * 2 * path.shape.kv * settings.dtype_bytes
     activations, logits = max((layer + cache, 0), (0, head), key=sum)
     return Phase("evaluation", _parts(base, settings, state, dequantized) | {
-        "activations": activations, "logits": logits, "workspace": _workspace(path, settings),
+        "activations": activations, "logits": logits, "workspace": _workspace(path, settings, dequantized),
     })  # fmt: skip
 
 
@@ -189,7 +191,7 @@ def phases(
 def load_phase(shape: ModelShape, settings: Settings, base: Fixed) -> Phase:
     """Weights arrive one by one and are quantized on the device: the largest is there twice."""
     largest = max((x.numel for x in shape.linears), default=0)
-    parts = _parts(base, settings, 0) | {"adapter": 0, "gradients": 0}
+    parts = _parts(base, settings, 0) | {"adapter": 0, "gradients": 0, "e4m3 copies": 0}
     return Phase(
         "load", {**parts, "workspace": 2 * settings.dtype_bytes * largest if is_quantized(settings) else 0}
     )
@@ -203,7 +205,9 @@ def save_phase(settings: Settings, base: Fixed, state: int, dequantized: int = 0
 def merge_phase(shape: ModelShape, settings: Settings, base: Fixed) -> Phase:
     """Layers are dequantized and merged one at a time, in float32."""
     largest = max((x.numel for x in shape.linears), default=0)
-    return Phase("merge", {**_parts(base, settings, 0), "gradients": 0, "workspace": 3 * 4 * largest})
+    return Phase(
+        "merge", {**_parts(base, settings, 0), "gradients": 0, "e4m3 copies": 0, "workspace": 3 * 4 * largest}
+    )
 
 
 def _parts(base: Fixed, settings: Settings, state: int, dequantized: int = 0) -> dict[str, int]:
@@ -211,6 +215,7 @@ def _parts(base: Fixed, settings: Settings, state: int, dequantized: int = 0) ->
         "base weights": base.base_weights,
         "quantization constants": base.quantization_constants,
         "dequantized weights": dequantized,
+        "e4m3 copies": base.e4m3_copies,
         "embeddings, head, norms": base.embeddings_and_head,
         "adapter": base.adapter,
         "gradients": base.gradients,
@@ -222,8 +227,8 @@ def _parts(base: Fixed, settings: Settings, state: int, dequantized: int = 0) ->
     }
 
 
-def _workspace(path: FastPath | ReferencePath, settings: Settings) -> int:
-    return path.workspace() + _cublas(settings)
+def _workspace(path: FastPath | ReferencePath, settings: Settings, dequantized: int) -> int:
+    return path.workspace(dequantized) + _cublas(settings)
 
 
 def _cublas(settings: Settings) -> int:

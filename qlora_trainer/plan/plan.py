@@ -113,7 +113,15 @@ def make_plan(
     """The plan of one run. Without `data`, every row counts as full and every token as labelled.
 
     Under `train.per_device_train_batch_size=auto`, `rows` is what the run began with, if it has.
+
+    Raises:
+        ConfigError: the card cannot do what is asked, whatever its memory.
     """
+    if config.train.base_gemm == "fp8" and not hardware.has_fp8:
+        raise ConfigError(
+            f"train.base_gemm=fp8: {hardware.name} has no e4m3 products (Ada and Hopper do): set "
+            "train.base_gemm=bf16"
+        )
     auto = config.train.per_device_train_batch_size == settings_module.AUTO
     if auto and rows not in divisors(config.train.gradient_accumulation_steps):
         rows = pick(config, hardware, shape, data, world_size)

@@ -81,7 +81,7 @@ class ReferencePath:
         s, h, f = self.settings.dtype_bytes, self.shape.hidden, self.shape.intermediate
         return self.settings.tokens * (s * (3 * h + 3 * f) + 4 * h)
 
-    def workspace(self) -> int:
+    def workspace(self, dequantized: int = 0) -> int:
         """One weight, dequantized: its scales in float32 first, then its 16-bit values."""
         if self.settings.method not in ("nf4", "fp4"):
             return 0

@@ -41,6 +41,7 @@ class Settings:
         device: cuda or cpu.
         reference_because: why transformers, PEFT and bitsandbytes run the step and not the fast path
             (`model/fuse.py`); None if it does.
+        fp8: products with the frozen base run in e4m3, from copies that stay on the device.
         rows, length: of a micro-batch at its largest, in rows and tokens a row.
         supervised: share of its tokens that have a label (1 if not known).
         mean_length: tokens a row on average, padding included, for the time.
@@ -62,6 +63,7 @@ class Settings:
     mean_length: float
     method: str
     double_quant: bool
+    fp8: bool
     dtype_bytes: int
     adapter_bytes: int
     r: int
@@ -86,7 +88,7 @@ class Settings:
     @property
     def streamable(self) -> bool:
         """Whether `model/offload.py` could stream the layers."""
-        return self.fast and self.method in ("nf4", "fp4")
+        return self.fast and self.method in ("nf4", "fp4") and not self.fp8
 
     @property
     def tokens(self) -> int:
@@ -114,18 +116,19 @@ def from_config(
     train, quantization, lora = config.train, config.quantization, config.lora
     dtype = config.model.dtype
     if dtype == "auto":
-        dtype = "bfloat16" if hardware.device == "cuda" else "float32"
+        dtype = "bfloat16" if hardware.has_bf16 else "float32"
     length = train.max_length
     if data is not None and not train.packing:
         length = min(length, data.longest)
     targets = lora.target_modules
     rows, accumulation = _micro_batch(config, rows)
     name = config.optim.name
+    reference_because = _why_reference(config, shape)
     evaluates = config.evaluate.enabled and bool(config.data.eval_path or config.data.eval_fraction)
     resident = config.optim.resident_gib
     return Settings(
         device=hardware.device,
-        reference_because=_why_reference(config, shape),
+        reference_because=reference_because,
         rows=rows,
         length=length,
         accumulation=accumulation,
@@ -134,6 +137,7 @@ def from_config(
         supervised=data.supervised / data.tokens if data is not None else 1.0,
         method=quantization.method,
         double_quant=quantization.bnb_4bit_use_double_quant,
+        fp8=train.base_gemm == "fp8" and reference_because is None,
         dtype_bytes=DTYPE_BYTES[dtype],
         adapter_bytes=DTYPE_BYTES[lora.dtype],
         r=lora.r,

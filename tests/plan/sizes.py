@@ -14,7 +14,7 @@ LLAMA3_8B = {
 
 BASIC = Settings(
     device="cuda", reference_because=None, rows=4, length=2048, accumulation=1, world_size=1, supervised=1.0,
-    mean_length=2048.0, method="nf4", double_quant=True, dtype_bytes=2, adapter_bytes=2, r=16,
+    mean_length=2048.0, method="nf4", double_quant=True, fp8=False, dtype_bytes=2, adapter_bytes=2, r=16,
     target_modules="all-linear", dora=False, modules_to_save=(), activations="auto", state_bits=32,
     paged=True, managed=False, optimizer_resident=None, offload="none",
     evaluation_rows=8, new_tokens=0, merges=False, checkpoints_kept=2,
