@@ -63,7 +63,7 @@ def check(config: RunConfig, command: str) -> None:
         check_rows(DataOptions(**as_dict(config.data)), config.seed)
 
 
-def stay_offline_if_the_hub_is_silent(timeout_seconds: float = 2.0) -> None:
+def stay_offline_if_the_hub_is_silent(timeout_seconds: float = 5.0) -> None:
     """Set `HF_HUB_OFFLINE`, as a user without network would, if the hub does not answer.
 
     The hub's client otherwise tries each file six times, 25 s apiece, even files in its cache. It reads the

@@ -202,13 +202,27 @@ def _hub_errors(source: Source) -> Iterator[None]:
     """The hub's many errors as one line of ours."""
     from datasets.exceptions import DatasetNotFoundError
     from httpx import HTTPError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+    missing = f"{source.path}: no such file here, and no dataset of that name on the hub that you may read"
     try:
         yield
-    except DatasetNotFoundError as error:
+    except DatasetNotFoundError as error:  # which does not say why; the hub does
+        with _hub_errors(source):
+            HfApi().auth_check(source.path, repo_type="dataset")
+            HfApi().dataset_info(source.path, revision=source.revision, timeout=10)
+        raise MissingInputError(missing) from error
+    except GatedRepoError as error:
         raise MissingInputError(
-            f"{source.path}: no such file here, and no dataset of that name on the hub that you may read"
+            f"{source.path} is gated: accept its terms on the hub and set HF_TOKEN"
         ) from error
+    except RevisionNotFoundError as error:
+        raise MissingInputError(
+            f"{source.path} has no revision {source.revision}: check data.revision"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise MissingInputError(f"{missing} (if it is private, set HF_TOKEN)") from error
     except (OSError, HTTPError) as error:
         raise MissingInputError(
             f"{source.path}: no such file here, and the hub cannot be reached; give a path as data.path"
