@@ -10,7 +10,7 @@ import ast
 import pkgutil
 from pathlib import Path
 
-PLANNED = ("train", "plan", "inspect", "evaluate", "chat", "export", "verify", "bench", "recipes")
+PLANNED = ("train", "plan", "inspect", "evaluate", "chat", "export", "verify", "report", "bench", "recipes")
 
 
 def available() -> dict[str, str]:

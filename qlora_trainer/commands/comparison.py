@@ -49,7 +49,11 @@ def compare(
         )
         base, tuned = score_base_and_tuned(model, forward, rows, tokenizer, stops, sampling)
         report.show(report.comparison(base, tuned, wanted.examples, title=f"held-out rows: {name}"))
-        results[name] = {"base": base.as_dict(), "tuned": tuned.as_dict()}
+        results[name] = {
+            "base": base.as_dict(),
+            "tuned": tuned.as_dict(),
+            "examples": report.examples(base, tuned, wanted.examples),
+        }
         tables.append(f"On {name}:\n\n{report.markdown(base, tuned)}")
     atomic_write(folder / FILE, json.dumps(results, indent=1).encode() + b"\n")
     return "\n\n".join(tables)

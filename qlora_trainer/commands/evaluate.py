@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qlora_trainer.commands import wiring
+from qlora_trainer.commands import report, wiring
 from qlora_trainer.commands.comparison import compare
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import DataError
@@ -22,6 +22,7 @@ def run(config: RunConfig) -> None:
         raise DataError(f"{folder}: nothing is held out; set data.eval_path=FILE or data.eval_fraction=0.1")
     forward = ReferenceForward(loaded.model)
     compare(config, folder, loaded.model, forward, loaded.tokenizer, loaded.stop_ids, held_out)
+    report.refresh(folder)
 
 
 def run_folder(config: RunConfig) -> Path:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qlora_trainer.checkpoint.disk import lock
-from qlora_trainer.commands import wiring
+from qlora_trainer.commands import report, wiring
 from qlora_trainer.commands.verify import exports_folder, subject, verify_exports
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.config.watch import as_dict
@@ -60,6 +60,8 @@ def run(config: RunConfig) -> None:
         console.print(f"{kind:>8}  {folder}", highlight=False)
     if wanted.verify:
         verify_exports(config, folders)
+    else:
+        report.refresh(root.parent)
     if wanted.push_to_hub is not None:
         for kind, folder in folders.items():
             name = wanted.push_to_hub if len(folders) == 1 else f"{wanted.push_to_hub}-{kind}"

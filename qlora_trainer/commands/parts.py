@@ -5,6 +5,10 @@
 
 from __future__ import annotations
 
+import platform
+import resource
+import shlex
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +23,7 @@ from qlora_trainer.commands import wiring
 from qlora_trainer.commands.plan import facts_of, plan_of
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data import TokenizedData
+from qlora_trainer.data.screen import NOTES, REASONS
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.export.fingerprint import base_fingerprint
 from qlora_trainer.model.forward import ReferenceForward
@@ -32,9 +37,11 @@ from qlora_trainer.plan import screen
 from qlora_trainer.plan.hardware import GIB
 from qlora_trainer.plan.plan import RunPlan, check
 from qlora_trainer.track.console import console
+from qlora_trainer.track.redact import Redactor
 from qlora_trainer.train.distributed import Ranks
 from qlora_trainer.train.loop import Progress
 from qlora_trainer.train.signals import Status, StopSignals
+from qlora_trainer.train.state import versions
 
 
 @dataclass
@@ -102,7 +109,7 @@ def make_forward(run: Run, model: PeftModel, plan: RunPlan) -> FusedForward | Re
             model,
             activations=plan.policies,
             base_gemm=config.train.base_gemm,
-            resident_bytes=plan.dequantized if device.type == "cuda" else None,
+            resident_bytes=plan.dequantized,
             embeddings="device" if plan.offload == "none" else "host",
         )
         if plan.offload == "layers":
@@ -135,6 +142,50 @@ def describe_data(data: TokenizedData, held_out: list[TokenizedData]) -> str:
             f"{part.n_tokens:,} tokens, {part.n_supervised / part.n_tokens:.0%} supervised"
         )
     return "\n".join(lines)
+
+
+def facts_of_start(ranks: Ranks) -> dict[str, Any]:
+    """What status.json says of the machine, the libraries and the line that started this process."""
+    launcher = f"accelerate launch --multi_gpu --num_processes {ranks.world_size}" * (ranks.world_size > 1)
+    line = f"{launcher or 'python'} -m qlora_trainer {shlex.join(sys.argv[1:])}"
+    cuda = ranks.device.type == "cuda"
+    return {
+        "command": Redactor().text(line),
+        "versions": versions() | ({"CUDA": str(torch.version.cuda)} if cuda else {}),
+        "machine": {
+            "device": torch.cuda.get_device_name(ranks.device) if cuda else f"{platform.machine()} CPU",
+            "processes": ranks.world_size,
+            "CPU threads": torch.get_num_threads(),
+        },
+    }
+
+
+def facts_of_data(data: TokenizedData, held_out: list[TokenizedData]) -> list[dict[str, Any]]:
+    """What `describe_data` says, as plain values, and why rows were dropped."""
+    redactor = Redactor()
+    return [
+        {
+            "role": role,
+            "sources": redactor.tree(part.sources),
+            "formats": sorted(set(part.formats)),
+            "rows": part.ledger.read,
+            "dropped": {REASONS.get(name, name): count for name, count in part.ledger.dropped.items()},
+            "notes": {NOTES.get(name, name): count for name, count in part.ledger.notes.items()},
+            "documents": len(part),
+            "tokens": part.n_tokens,
+            "supervised": part.n_supervised,
+            "longest": int(part.lengths.max()),
+        }
+        for role, part in [("training", data), *(("held out", part) for part in held_out)]
+    ]
+
+
+def memory_used(device: torch.device) -> dict[str, int]:
+    """Peaks of this process so far, in bytes: of its RAM, and of what it allocated on a GPU."""
+    peaks = {"peak_host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}  # Linux counts KiB
+    if device.type == "cuda":
+        peaks["peak_allocated"] = torch.cuda.max_memory_allocated(device)
+    return peaks
 
 
 def describe_training(run: Run, progress: Progress, first: int, seconds: float, plan: RunPlan) -> str:

@@ -16,14 +16,17 @@ from transformers import set_seed
 
 from qlora_trainer.checkpoint import disk, publish, resume
 from qlora_trainer.checkpoint.format import Checkpoint
-from qlora_trainer.commands import comparison, wiring
+from qlora_trainer.commands import comparison, report, wiring
 from qlora_trainer.commands.parts import (
     Run,
     describe_data,
     describe_training,
+    facts_of_data,
+    facts_of_start,
     identity_of,
     load_model,
     make_forward,
+    memory_used,
     plan_run,
 )
 from qlora_trainer.commands.plan import remedies, settled
@@ -70,6 +73,7 @@ def run(config: RunConfig) -> None:
         if ranks.main:
             claim_output_dir(config)
             cleanup.enter_context(disk.lock(folder))
+            status.note(**facts_of_start(ranks))
             status.write_to(folder / "status.json")
         ranks.wait()
         try:
@@ -79,7 +83,10 @@ def run(config: RunConfig) -> None:
             code, message = error.exit_code, str(error)
             raise
         finally:
+            signals.over()
             status.finish(code, Redactor().text(message))
+            if ranks.main:
+                report.refresh(folder)
             if code == PreemptedError.exit_code:
                 ranks.wait()  # a launcher ends all as soon as one is gone, rank 0 with its last word unsaid
 
@@ -97,6 +104,7 @@ def _train(run: Run) -> None:
         held_out = wiring.load_held_out(config, tokenizer) if config.evaluate.enabled else []
         wiring.use_template(tokenizer, data)
         run.say(describe_data(data, held_out))
+        run.status.note(data=facts_of_data(data, held_out))
         begun = resume.find(
             run.folder,
             config.checkpoint.resume_from_checkpoint,
@@ -128,7 +136,11 @@ def _train(run: Run) -> None:
         ]
 
     first, started = state.progress.step, time.monotonic()
-    _loop(run, state, forward, loader, total, batches, plan)
+    run.status.note(first_step=first, total_steps=total)
+    try:
+        _loop(run, state, forward, loader, total, batches, plan)
+    finally:
+        run.status.note(measured=memory_used(ranks.device))
     run.say(describe_training(run, state.progress, first, time.monotonic() - started, plan))
     if not ranks.main:
         return

@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qlora_trainer.checkpoint.disk import atomic_write
-from qlora_trainer.commands import wiring
+from qlora_trainer.commands import report, wiring
 from qlora_trainer.commands.evaluate import run_folder
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data import TokenizedData
@@ -79,6 +79,7 @@ def verify_exports(config: RunConfig, exports: Mapping[str, Path]) -> None:
     summary = {"measured_on": sample.source, "models": [as_dict(verdict) for verdict in verdicts]}
     atomic_write(root / RESULT, json.dumps(summary, indent=2).encode() + b"\n")
     atomic_write(root / "verify.md", markdown(verdicts, sample).encode() + b"\n")
+    report.refresh(root.parent)
     failed = [f"{verdict.name} {verdict.failures[0]}" for verdict in verdicts if not verdict.passed]
     if failed:
         raise DivergedError(

@@ -39,7 +39,7 @@ class Scores:
 
 LONGEST_ANSWER = 160  # characters shown
 
-_ROWS = {  # key of `as_dict` -> label and number format
+ROWS = {  # key of `as_dict` -> label and number format
     "loss": ("loss (nats per token)", "{:.4f}"),
     "perplexity": ("perplexity", "{:.2f}"),
     "tokens": ("tokens measured", "{:,}"),
@@ -59,7 +59,7 @@ def comparison(base: Scores, tuned: Scores, examples: int, title: str = "held-ou
     table.add_column("")
     for name in ("base", "tuned"):
         table.add_column(name, justify="right")
-    for key, (label, form) in _ROWS.items():
+    for key, (label, form) in ROWS.items():
         if key in left or key in right:
             table.add_row(label, *(form.format(side[key]) if key in side else "-" for side in (left, right)))
         if key == "exact_match":
@@ -73,11 +73,28 @@ def comparison(base: Scores, tuned: Scores, examples: int, title: str = "held-ou
     return Group(*parts)
 
 
+def examples(base: Scores, tuned: Scores, wanted: int) -> list[dict[str, Any]]:
+    """The answers that `comparison` shows, whole, as plain values for JSON."""
+    if base.match is None or tuned.match is None or wanted <= 0:
+        return []
+    return [
+        {
+            "prompt": before.question.text,
+            "reference": before.question.reference,
+            "base": before.text,
+            "base_right": _right(before),
+            "tuned": after.text,
+            "tuned_right": _right(after),
+        }
+        for before, after in _evenly(base.match, tuned.match, wanted)
+    ]
+
+
 def markdown(base: Scores, tuned: Scores) -> str:
     """The numbers of `comparison` as a Markdown table, for the model card."""
     left, right = base.as_dict(), tuned.as_dict()
     lines = ["| | base | tuned |", "|---|---:|---:|"]
-    for key, (label, form) in _ROWS.items():
+    for key, (label, form) in ROWS.items():
         if key in left or key in right:
             cells = (form.format(side[key]) if key in side else "-" for side in (left, right))
             lines.append(f"| {label} | {' | '.join(cells)} |")
@@ -106,8 +123,12 @@ def _evenly(base: MatchScore, tuned: MatchScore, wanted: int) -> Iterator[tuple[
     yield from pairs[::step][:wanted]
 
 
+def _right(answer: Answer) -> bool:
+    return answer.exact or answer.json_equal
+
+
 def _marked(answer: Answer) -> Text:
-    right = answer.exact or answer.json_equal
+    right = _right(answer)
     text = " ".join(answer.text.split())  # a model that rambles must not fill the screen
     shown = text if len(text) <= LONGEST_ANSWER else text[: LONGEST_ANSWER - 1] + "…"
     return Text(f"{'✓' if right else '✗'} {shown}", style="green" if right else "red")

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import signal
 import threading
@@ -36,6 +37,14 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 GRACE = 10.0  # seconds an interruptible phase gets to let go
 ONE_REQUEST = 1.0  # seconds: a job's scheduler and its launcher both pass the same request on
 TICK = 1.0  # seconds between two writings of status.json by the loop
+SESSION = (
+    "started",
+    "updated",
+    "state",
+    "first_step",
+    "step",
+    "measured",
+)  # what is kept of an earlier start
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LAUNCHERS = ("ACCELERATE_", "TORCHELASTIC_")  # prefixes of the variables they set for their children
 
@@ -44,23 +53,28 @@ class Status:
     """`status.json`: what the run is doing, replaced atomically; nothing is written before `write_to`.
 
     Keys: `state` (running, stopping, stopped, done, failed), `phase`, `step`, `total_steps`,
-    `signal`, `exit_code`, `message`, `pid`, and `updated` (UTC). Not fsynced: it is for the living.
+    `signal`, `exit_code`, `message`, `pid`, `started` and `updated` (UTC), whatever is noted of the run, and
+    `sessions`: what was left of earlier starts in the same folder. Not fsynced: it is for the living.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
-        self._fields: dict[str, Any] = {"state": "running", "pid": os.getpid()}
+        self._fields: dict[str, Any] = {"state": "running", "pid": os.getpid(), "started": _now()}
         self._written = 0.0
 
     def write_to(self, path: Path) -> None:
         """From now on there is a file; for the one rank that has the run folder to itself."""
         self._path = path
+        self.note(sessions=_sessions(path))
         self.update()
+
+    def note(self, **fields: Any) -> None:
+        """Sets fields that the next writing will have."""
+        self._fields |= fields
 
     def update(self, **fields: Any) -> None:
         """Sets fields and writes the file."""
-        self._fields |= fields
-        self._fields["updated"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self.note(**fields, updated=_now())
         self._written = time.monotonic()
         if self._path is not None:
             atomic_write(self._path, to_json(self._fields), durable=False)
@@ -70,13 +84,28 @@ class Status:
         if time.monotonic() - self._written >= TICK:
             self.update(**fields)
         else:
-            self._fields |= fields
+            self.note(**fields)
 
     def finish(self, exit_code: int, message: str = "") -> None:
         """The last word of a run; a disk that refuses it must not hide why the run ended."""
         state = {0: "done", PreemptedError.exit_code: "stopped"}.get(exit_code, "failed")
         with contextlib.suppress(CheckpointError):
             self.update(state=state, exit_code=exit_code, message=message)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _sessions(path: Path) -> list[dict[str, Any]]:
+    """The starts that an earlier status.json tells of, its own the last; without those that made no step."""
+    try:
+        previous = json.loads(path.read_bytes())
+        if not {"first_step", "step"} <= previous.keys():
+            return list(previous.get("sessions", []))
+        return [*previous.get("sessions", []), {key: previous[key] for key in SESSION if key in previous}]
+    except (OSError, ValueError, AttributeError):  # none there, torn, or not ours
+        return []
 
 
 class StopSignals:
@@ -86,8 +115,13 @@ class StopSignals:
         self._status = status
         self._phase = "starting"
         self._interruptible = True
+        self._over = False
         self._signal: int | None = None
         self._previous: dict[int, Any] = {}
+
+    def over(self) -> None:
+        """The run has ended, and how is written down: a first signal changes nothing any more."""
+        self._over, self._interruptible = True, False
 
     def requested(self) -> bool:
         """Whether a signal has asked this process to stop."""
@@ -120,7 +154,7 @@ class StopSignals:
         return PreemptedError(f"stopped on {name} while {self._phase}: run the same command to go on")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested():
+        if self.requested() or self._over:
             return  # the watching thread decides whether this is a second request
         self._signal = number
         with contextlib.suppress(CheckpointError):

@@ -63,7 +63,9 @@ def test_llama7b_alpaca_has_the_papers_settings(tmp_path: Path, monkeypatch: pyt
         assert config.optim.name == "paged_adamw_32bit" and config.optim.adam_beta2 == 0.999
 
 
-def test_a_wheel_carries_the_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wheel_carries_the_recipes_and_what_pages_are_made_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hatchling = pytest.importorskip("hatchling.build")
     monkeypatch.chdir(ROOT)
     wheel = tmp_path / hatchling.build_wheel(str(tmp_path))
@@ -71,5 +73,9 @@ def test_a_wheel_carries_the_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyP
         carried = {name for name in archive.namelist() if name.startswith("qlora_trainer/recipes/")}
         assert carried == {f"qlora_trainer/recipes/{path.name}" for path in SHIPPED}
         assert "qlora_trainer/commands/recipes.py" in archive.namelist()
+        pages = (ROOT / "qlora_trainer" / "track" / "report_page", ROOT / "qlora_trainer" / "data")
+        for path in [*pages[0].iterdir(), pages[1] / "page.html"]:
+            assert str(path.relative_to(ROOT)) in archive.namelist()
+        assert "qlora_trainer/track/report_page/uPlot.LICENSE" in archive.namelist()
         for name in carried:
             yaml.safe_load(archive.read(name))

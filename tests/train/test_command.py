@@ -36,9 +36,15 @@ def test_a_run_leaves_everything_it_promises(tmp_path, inputs, capsys):
     folder = tmp_path / "run"
     task = ["evaluate.task=exact_match", "evaluate.max_new_tokens=4"]
     assert main(["recipe=tiny", *inputs, *EVALUATED, *task, f"output_dir={folder}"]) == 0
-    assert {"config.yaml", "plan.json", "status.json", "metrics.jsonl", "checkpoints", "adapter"} <= {
-        path.name for path in folder.iterdir()
-    }
+    assert {
+        "config.yaml",
+        "plan.json",
+        "status.json",
+        "metrics.jsonl",
+        "report.html",
+        "checkpoints",
+        "adapter",
+    } <= {path.name for path in folder.iterdir()}
     assert json.loads((folder / "status.json").read_text())["state"] == "done"
     assert "measured" in json.loads((folder / "plan.json").read_text())
     records = read(folder / "metrics.jsonl")

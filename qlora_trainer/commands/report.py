@@ -1,0 +1,55 @@
+"""Make a run's page, report.html, anew from the files in its folder; finished or not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qlora_trainer.config import recipes
+from qlora_trainer.config.claim import CONFIG_FILE
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.config.watch import as_dict
+from qlora_trainer.errors import MissingInputError, QLoRAError
+from qlora_trainer.track.console import console
+from qlora_trainer.track.report import FILE, STRANGE, write_report
+
+
+def run(config: RunConfig) -> None:
+    """Prints where the page is. It may be made while the run is at work.
+
+    Raises:
+        MissingInputError: no run is there.
+    """
+    folder = config.run or config.output_dir
+    if folder is None or not (Path(folder) / CONFIG_FILE).is_file():
+        raise MissingInputError("run: report needs the folder of a run, e.g. run=outputs/NAME")
+    print(_write(Path(folder)))
+
+
+def refresh(folder: Path) -> None:
+    """Makes the page anew after something in `folder` has changed; does nothing where there is no run.
+
+    No page is worth a run: whatever keeps it from being made is one line.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        return
+    try:
+        _write(folder)
+    except (QLoRAError, OSError, *STRANGE) as error:
+        console.print(f"no {FILE}: {type(error).__name__}: {error}", style="yellow", markup=False)
+
+
+def _write(folder: Path) -> Path:
+    return write_report(folder, defaults=as_dict(RunConfig()), recipe_values=_recipe_values)
+
+
+def _recipe_values(name: str) -> Mapping[str, Any]:
+    """Dotted key -> value as the recipe of that name sets it now; empty if it is not to be found any more."""
+    values: dict[str, Any] = {}
+    try:
+        for recipe in recipes.load(name):
+            values |= recipe.values
+    except QLoRAError:
+        return {}
+    return values
