@@ -7,7 +7,7 @@ from pathlib import Path
 
 import peft
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from qlora_trainer.export.adapter import TrainedOn, export_adapter
 from qlora_trainer.model.load import BaseOptions, load_base
@@ -47,6 +47,20 @@ def make(
         model, tiny.tokenizer(), tmp_path / "run" / "adapter", TrainedOn.with_options(options, CPU)
     )
     return Run(base, adapter, model.eval(), options, tiny.tokenizer())
+
+
+def store(plain: Path, folder: Path, method: str) -> Path:
+    """The model in `plain` as a ready bitsandbytes checkpoint: nf4 | fp4 | int8."""
+    options = BitsAndBytesConfig(
+        load_in_4bit=method != "int8",
+        load_in_8bit=method == "int8",
+        bnb_4bit_quant_type="nf4" if method == "int8" else method,
+        bnb_4bit_use_double_quant=method != "int8",
+    )
+    model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=options)
+    model.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
 
 
 def stir(model: peft.PeftModel, scale: float) -> None:
