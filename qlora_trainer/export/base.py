@@ -28,7 +28,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from qlora_trainer.errors import ConfigError, MissingInputError
 from qlora_trainer.export.fingerprint import model_folder
-from qlora_trainer.export.shards import ShardReader
+from qlora_trainer.model.shards import ShardReader
 
 BLOCK = 64  # weights per 4-bit block: bitsandbytes' default, which transformers leaves as it is
 IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")  # buffers of old checkpoints, made anew

@@ -20,8 +20,8 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from qlora_trainer.errors import CheckpointError, ConfigError
-from qlora_trainer.export.shards import ShardReader
 from qlora_trainer.inference.load import ADAPTER_CONFIG, read_json
+from qlora_trainer.model.shards import ShardReader
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -19,7 +19,8 @@ from torch import Tensor
 from qlora_trainer.errors import CheckpointError, ConfigError
 from qlora_trainer.export.base import Base
 from qlora_trainer.export.delta import Updates
-from qlora_trainer.export.shards import ShardReader, ShardWriter, write_index
+from qlora_trainer.export.shards import ShardWriter, write_index
+from qlora_trainer.model.shards import ShardReader
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 

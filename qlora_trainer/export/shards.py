@@ -1,17 +1,14 @@
-"""safetensors files one tensor at a time: memory holds a tensor, never a shard.
+"""safetensors files written one tensor at a time: memory holds a tensor, never a shard.
 
-The format is eight bytes of header length, a JSON header, then raw bytes
-(https://github.com/huggingface/safetensors#format). The library's own writer wants every tensor of
-a file at once and its reader maps the file, whose pages count as the process's memory; both are
-what merging a 70B model on a small host has to avoid.
+The library's own writer wants every tensor of a file at once, which merging a 70B model on a small
+host has to avoid. `model.shards` is the reader of the same kind.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -19,77 +16,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from qlora_trainer.errors import CheckpointError
+from qlora_trainer.model.shards import NAMES
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One tensor's place: shape, dtype, and bytes [start, stop) of the file."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    start: int
-    stop: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.stop - self.start
-
-
-class ShardReader:
-    """The tensors of one file, read when asked for.
-
-    Raises:
-        CheckpointError: not a safetensors file, or cut short.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            with path.open("rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header: dict[str, Any] = json.loads(file.read(length))
-            first, size = 8 + length, path.stat().st_size
-        except (OSError, ValueError, struct.error) as error:
-            raise CheckpointError(
-                f"{path}: not a readable safetensors file ({error}); copy it again"
-            ) from error
-        self.slots: dict[str, Slot] = {}
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            if entry["dtype"] not in DTYPES:
-                raise CheckpointError(
-                    f"{path}: {name} is stored as {entry['dtype']}, which is not known here"
-                )
-            start, stop = (first + offset for offset in entry["data_offsets"])
-            if stop > size:
-                raise CheckpointError(f"{path}: cut short at {size:,} bytes of {stop:,}; copy it again")
-            self.slots[name] = Slot(tuple(entry["shape"]), DTYPES[entry["dtype"]], start, stop)
-
-    def read(self, name: str) -> Tensor:
-        """A tensor on the CPU, in memory of its own."""
-        slot = self.slots[name]
-        if not slot.nbytes:
-            return torch.empty(slot.shape, dtype=slot.dtype)
-        buffer = bytearray(slot.nbytes)
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(slot.start)
-            view, got = memoryview(buffer), 0
-            while got < slot.nbytes:  # one call reads at most 2 GiB
-                part = file.readinto(view[got:])
-                if not part:
-                    raise CheckpointError(f"{self.path}: cut short while reading {name}; copy it again")
-                got += part
-        return torch.frombuffer(buffer, dtype=slot.dtype).view(slot.shape)
 
 
 class ShardWriter:
@@ -101,7 +30,7 @@ class ShardWriter:
         for name, (shape, dtype) in layout.items():
             size = torch.Size(shape).numel() * dtype.itemsize
             header[name] = {
-                "dtype": _NAMES[dtype],
+                "dtype": NAMES[dtype],
                 "shape": list(shape),
                 "data_offsets": [offset, offset + size],
             }
@@ -139,11 +68,3 @@ def write_index(folder: Path, files: Mapping[str, list[str]], total_bytes: int) 
         weight_map = dict(sorted((name, file) for file, names in files.items() for name in names))
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def read_all(paths: list[Path]) -> Iterator[tuple[ShardReader, str]]:
-    """Every tensor of several files: (its file, its name)."""
-    for path in paths:
-        reader = ShardReader(path)
-        for name in reader.slots:
-            yield reader, name

@@ -2,10 +2,12 @@
 
 In: names, dtypes and a device. Out: a transformers model in which every linear layer but the head
 is quantized by bitsandbytes, embeddings, norms and head are left as they are, and nothing trains.
+How the weights get there, and how little memory it takes, is `assemble`'s.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +15,6 @@ import bitsandbytes as bnb
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     AwqConfig,
     BitsAndBytesConfig,
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from qlora_trainer.errors import ConfigError, MissingInputError
+from qlora_trainer.model.assemble import assemble, first_line, to_stderr
 from qlora_trainer.model.source import resolve
 
 BLOCKSIZE = 64  # elements that share one quantization constant, bitsandbytes' default and the paper's
@@ -93,45 +95,43 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise MissingInputError(
-            f"model.model_name_or_path: no tokenizer can be read from {source}: {_first_line(error)}"
+            f"model.model_name_or_path: no tokenizer can be read from {source}: {first_line(error)}"
         ) from error
 
 
-def load_base(options: BaseOptions, device: torch.device) -> PreTrainedModel:
+def load_base(
+    options: BaseOptions, device: torch.device, say: Callable[[str], None] = to_stderr
+) -> PreTrainedModel:
     """Loads and quantizes the base onto `device`; no parameter of it requires a gradient.
 
+    Args:
+        say: takes a line of what the user may want to know.
+
     Raises:
-        MissingInputError: files are missing or no model can be read from them.
+        MissingInputError: files are missing or damaged, or are not those of the model that config.json
+            describes.
         ConfigError: the checkpoint is already quantized in another way than `method`.
     """
     source = resolve(options.name_or_path, options.revision)
-    shared: dict[str, Any] = {
-        "revision": options.revision,
-        "trust_remote_code": options.trust_remote_code,
-    }
     try:
-        config = AutoConfig.from_pretrained(source, **shared)
+        config = AutoConfig.from_pretrained(
+            source, revision=options.revision, trust_remote_code=options.trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise MissingInputError(
-            f"model.model_name_or_path: no model can be read from {source}: {_first_line(error)}"
+            f"model.model_name_or_path: no model can be read from {source}: {first_line(error)}"
         ) from error
-    quantization = _quantization_config(options, config)
-    if options.attn_implementation is not None:
-        shared["attn_implementation"] = options.attn_implementation
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=config,
-            dtype=options.dtype,
-            quantization_config=quantization,
-            device_map={"": device},
-            use_safetensors=True,  # never a pickle
-            **shared,
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise MissingInputError(
-            f"model.model_name_or_path: cannot load {source}: {_first_line(error)}"
-        ) from error
+    model = assemble(
+        source,
+        config,
+        device,
+        revision=options.revision,
+        dtype=options.dtype,
+        quantization=_quantization_config(options, config),
+        attn_implementation=options.attn_implementation,
+        trust_remote_code=options.trust_remote_code,
+        say=say,
+    )
     model.config.use_cache = False  # a key-value cache is of no use in training; generation sets its own
     model.requires_grad_(False)
     for name, module in model.named_modules():
@@ -190,7 +190,3 @@ def _stored_method(stored: Any) -> str:
     if method == "bitsandbytes" or get("load_in_4bit") or get("load_in_8bit"):
         return "int8" if get("load_in_8bit") else str(get("bnb_4bit_quant_type", "fp4"))
     return method
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

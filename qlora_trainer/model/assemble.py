@@ -1,0 +1,157 @@
+"""A checkpoint's files into a transformers model, without ever holding the 16-bit model.
+
+In: a source that `source.resolve` has found, and how to quantize. Out: the model on its device.
+
+transformers builds it, maps the checkpoint's names onto its own and quantizes; but the tensors it gets
+are `shards`' own, read one at a time when it comes to them. So beyond the model itself loading takes
+16 MiB of the host's memory for a GPU, and on a CPU what bitsandbytes takes to quantize one tensor
+(about 16 bytes an element). Left alone, transformers maps the files: on a CPU, a 0.8 GB checkpoint in
+eight shards peaked 1.1 to 1.3 GB over its start where this peaks 0.3, 0.2 of it the model.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AwqConfig,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    GPTQConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from qlora_trainer.errors import CheckpointError, MissingInputError
+from qlora_trainer.model.shards import release_freed, stored_tensors
+from qlora_trainer.model.source import weight_files
+
+
+def to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def assemble(
+    source: str,
+    config: PreTrainedConfig,
+    device: torch.device,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    quantization: BitsAndBytesConfig | GPTQConfig | AwqConfig | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = to_stderr,
+) -> PreTrainedModel:
+    """The model in `source` on `device`, quantized while it is read.
+
+    Args:
+        source: a folder, or a hub name.
+        dtype: of what is not quantized.
+        quantization: None for 16 or 32 bits, and for a checkpoint that says itself how it is stored.
+        say: takes a line of what the user may want to know.
+
+    Raises:
+        MissingInputError: files are missing or damaged, or not those of the model that config.json
+            describes.
+    """
+    arguments: dict[str, Any] = {
+        "dtype": dtype,
+        "quantization_config": quantization,
+        "device_map": {"": device},
+    }
+    if attn_implementation is not None:
+        arguments["attn_implementation"] = attn_implementation
+    try:
+        # GPTQModel reads its formats itself, and a model's own code may want more than its tensors.
+        left_to_transformers = trust_remote_code or isinstance(quantization, GPTQConfig | AwqConfig)
+        files = None if left_to_transformers else weight_files(source, revision)
+        if files is None:
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,  # never a pickle
+                **arguments,
+            )
+            return model
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model, found = type(skeleton).from_pretrained(
+            None,
+            config=skeleton.config,
+            state_dict=stored_tensors(files, device),
+            generation_config=_generation_config(source, revision),
+            ignore_mismatched_sizes=True,  # said below, in one line
+            output_loading_info=True,
+            **arguments,
+        )
+    except CheckpointError as error:
+        raise MissingInputError(f"model.model_name_or_path: {error}") from error
+    except (OSError, ValueError, ImportError) as error:
+        raise MissingInputError(
+            f"model.model_name_or_path: cannot load {source}: {first_line(error)}"
+        ) from error
+    release_freed()
+    _check_loaded(model, skeleton, found, source, say)
+    model.config.name_or_path = model.name_or_path = source
+    return model
+
+
+def _check_loaded(
+    model: PreTrainedModel,
+    skeleton: PreTrainedModel,
+    found: dict[str, Any],
+    source: str,
+    say: Callable[[str], None],
+) -> None:
+    """Whether the weights are those of the model that config.json describes.
+
+    transformers fills what is missing with random numbers, and takes quantized weights of any shape.
+    """
+    what = f"model.model_name_or_path: the weights in {source} are not those of its config.json"
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise MissingInputError(
+            f"{what}: {len(missing)} tensors are missing, such as {missing[0]}; copy the folder again"
+        )
+    expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    shapes = {name: tuple(shape) for name, shape, _ in found["mismatched_keys"]}
+    for name, module in model.named_modules():
+        weight = f"{name}.weight"
+        if isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt):
+            expected[weight] = (module.out_features, module.in_features)
+            state = getattr(module.weight, "quant_state", None)
+            shapes[weight] = tuple(module.weight.shape if state is None else state.shape)
+        else:
+            for part, tensor in module.named_parameters(name, recurse=False):
+                shapes.setdefault(part, tuple(tensor.shape))
+    for name, shape in shapes.items():
+        if shape != expected.get(name, shape):
+            raise MissingInputError(
+                f"{what}: {name} is {list(shape)}, asked for is {list(expected[name])}; copy the folder again"
+            )
+    unexpected = sorted(found["unexpected_keys"])
+    if unexpected:
+        say(
+            f"{source}: {len(unexpected)} stored tensors, such as {unexpected[0]}, are left out: "
+            "the model that config.json describes has none of that name"
+        )
+
+
+def _generation_config(source: str, revision: str | None) -> GenerationConfig | None:
+    """The model's own, where it has one; else transformers makes one from config.json."""
+    try:
+        return GenerationConfig.from_pretrained(source, revision=revision)
+    except OSError:
+        return None
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
