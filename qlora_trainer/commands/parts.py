@@ -102,7 +102,7 @@ def plan_run(run: Run, data: TokenizedData, begun: Checkpoint | None) -> RunPlan
 
 def make_forward(run: Run, model: PeftModel, plan: RunPlan) -> FusedForward | ReferenceForward:
     """The fast path, or the reference where the configuration or the model asks for it."""
-    config, device = run.config, run.ranks.device
+    config = run.config
     forward: FusedForward | ReferenceForward = ReferenceForward(model)
     if config.model.kernels == "auto":
         forward, report = fuse(

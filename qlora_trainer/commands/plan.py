@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,8 @@ from rich.console import Console
 
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.config.watch import with_values
-from qlora_trainer.plan import hardware, screen, settings, shapes
+from qlora_trainer.errors import CheckpointError, MissingInputError
+from qlora_trainer.plan import architecture, hardware, screen, settings, shapes
 from qlora_trainer.plan.changes import cheapest
 from qlora_trainer.plan.decide import decide
 from qlora_trainer.plan.plan import RunPlan, check, make_plan
@@ -19,21 +21,63 @@ from qlora_trainer.plan.settings import DataFacts
 if TYPE_CHECKING:
     from qlora_trainer.data import TokenizedData
 
+READ_AT_ONCE = 64 << 20  # bytes
 QUANTILES = 256  # of the documents' lengths, for the padding
 
 
 def run(config: RunConfig) -> None:
-    """Print the plan and write plan.json.
+    """Print the plan and write plan.json; where a run has its own, plan-preview.json.
 
     Raises:
         ConfigError: the run cannot fit; after the plan has been shown.
+        CheckpointError: output_dir cannot be written to.
     """
-    plan = plan_of(config)
-    screen.show(plan, Console())
-    folder = Path(str(config.output_dir))
-    folder.mkdir(parents=True, exist_ok=True)
-    screen.write(plan, folder / "plan.json")
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    plan = plan_of(config, data_here(config), config.plan.num_processes or launched)
+    if int(os.environ.get("RANK", "0")) == 0:
+        console = Console()
+        screen.show(plan, console)
+        folder = Path(config.output_dir or "outputs/plan")
+        path = folder / ("plan-preview.json" if (folder / "config.yaml").exists() else "plan.json")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            screen.write(plan, path)
+        except OSError as error:
+            raise CheckpointError(
+                f"output_dir: {path}: {error.strerror}; set output_dir elsewhere"
+            ) from error
+        console.print(f"[dim]every number: {path}[/dim]", soft_wrap=True, highlight=False)
     check(plan)
+
+
+def data_here(config: RunConfig) -> DataFacts | None:
+    """What the data say, if they are files of a size that is read in seconds and the model has its tokenizer.
+
+    Training finds them in the cache.
+    """
+    from qlora_trainer.commands import wiring
+    from qlora_trainer.model.load import load_tokenizer
+
+    if config.data.path is None:
+        return None
+    sizes = [_size(source.path) for source in wiring.data_options(config).sources("train")]
+    if None in sizes or sum(size or 0 for size in sizes) > READ_AT_ONCE:
+        return None
+    try:
+        tokenizer = load_tokenizer(str(config.model.model_name_or_path), config.model.revision)
+    except MissingInputError:
+        return None
+    return facts_of(wiring.load_data(config, tokenizer))
+
+
+def _size(source: str) -> int | None:
+    """Bytes of a local file or folder; None of anything else."""
+    path = Path(source).expanduser()
+    if source.startswith("builtin:"):
+        return 0
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return path.stat().st_size if path.is_file() else None
 
 
 def plan_of(
@@ -97,7 +141,5 @@ def shape_of(config: RunConfig) -> shapes.ModelShape:
     from qlora_trainer.model.source import read_config, resolve
 
     name = str(config.model.model_name_or_path)
-    folder = Path(resolve(name, config.model.revision))
-    if folder.is_dir():
-        return shapes.from_folder(folder)
-    return shapes.from_config(read_config(name, config.model.revision))
+    source = resolve(name, config.model.revision)
+    return architecture.shape_of(read_config(name, config.model.revision), Path(source))

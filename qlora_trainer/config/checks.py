@@ -94,6 +94,7 @@ RANGES: dict[str, tuple[float, float]] = {  # both ends belong
     "chat.temperature": (0, 5),
     "chat.top_p": (0, 1),
     "optim.resident_gib": (0, inf),
+    "plan.num_processes": (1, inf),
 }
 ABOVE_ZERO = (
     "lora.lora_alpha",

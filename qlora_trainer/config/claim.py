@@ -33,6 +33,7 @@ IDENTITY = (
     "data.revision",
 )
 CONFIG_FILE = "config.yaml"
+WRITTEN_BEFORE = {"plan.json", "inspect.html", "bench.json"}  # by commands that look first
 WORTH_KEEPING = ("checkpoints", "metrics.jsonl", "adapter", "exports")
 
 
@@ -84,7 +85,8 @@ def refuse_foreign(config: RunConfig) -> None:
     file = folder / CONFIG_FILE
     if not file.is_file():
         entries = folder.iterdir() if folder.is_dir() else ()
-        strangers = sorted(entry.name for entry in entries if not entry.name.startswith("."))
+        names = {entry.name for entry in entries if not entry.name.startswith(".")}
+        strangers = sorted(names - WRITTEN_BEFORE)
         if strangers:
             raise ConfigError(
                 f"output_dir: {folder} holds {strangers[0]} and no {CONFIG_FILE}, so it is no run's; {remedy}"

@@ -161,6 +161,7 @@ class ExportConfig:
 @dataclass
 class PlanConfig:
     gpu: Optional[str] = None  # "24GiB", or the name of a card; null: this machine's
+    num_processes: Optional[int] = None  # that the run will be launched with; null: as this command is
 
 
 @dataclass

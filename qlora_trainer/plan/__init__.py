@@ -3,7 +3,8 @@
 In: a `RunConfig`, a `Hardware` and a `ModelShape`. Out: a `RunPlan`: memory per phase, where it
 goes, the activation policy of every layer, steps and time; and what to change if it does not fit.
 
-shapes.py       config.json (or parameter shapes) -> ModelShape
+shapes.py       config.json -> ModelShape
+architecture.py the same for models that transformers does not know
 hardware.py     this machine, or one that is described -> Hardware
 settings.py     RunConfig -> the numbers that memory and time depend on
 memory.py       bytes per phase and part

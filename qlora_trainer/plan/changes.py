@@ -1,11 +1,11 @@
 """What to set instead when a run does not fit: the three cheapest changes, each with its new peak.
 
-In: shape, settings, hardware. Out: `Change`s. Each is one change to the run as asked for, planned anew.
+In: shape, settings, hardware. Out: `Change`s. Each is planned anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,29 +30,54 @@ class Change:
 def cheapest(
     shape: ModelShape, settings: Settings, hardware: Hardware, number: int = 3
 ) -> tuple[Change, ...]:
-    """First what fits, in the order of what it costs the result; then what comes nearest."""
+    """First what fits, in the order of what it costs the result; then what comes nearest.
 
+    Where no single change is enough, the first is several together.
+    """
     now = decide(shape, settings, hardware).peak
-    kinds: dict[str, list[Change]] = {}
+    kinds: dict[str, list[tuple[Change, dict[str, Any]]]] = {}
     for overrides, consequence, fields in _candidates(settings):
         found = decide(shape, replace(settings, **fields), hardware)
         if found.peak < 0.99 * now:
             change = Change(overrides, consequence, found.peak, found.fits)
-            kinds.setdefault(overrides.split("=")[0], []).append(change)
+            kinds.setdefault(overrides.split("=")[0], []).append((change, fields))
     # Of one kind the mildest that fits, else the one that comes nearest.
     best = [
-        next((change for change in changes if change.fits), min(changes, key=lambda change: change.peak))
-        for changes in kinds.values()
+        next((entry for entry in entries if entry[0].fits), min(entries, key=lambda entry: entry[0].peak))
+        for entries in kinds.values()
     ]
-    fitting = [change for change in best if change.fits]
-    nearest = sorted((change for change in best if not change.fits), key=lambda change: change.peak)
-    return tuple((fitting + nearest)[:number])
+    fitting = [change for change, _ in best if change.fits]
+    nearest = sorted((entry for entry in best if not entry[0].fits), key=lambda entry: entry[0].peak)
+    if not fitting and (both := _together(shape, settings, hardware, nearest)):
+        fitting = [both]
+    return tuple((fitting + [change for change, _ in nearest])[:number])
+
+
+def _together(
+    shape: ModelShape,
+    settings: Settings,
+    hardware: Hardware,
+    helpful: Sequence[tuple[Change, dict[str, Any]]],
+) -> Change | None:
+    """Changes of which none is enough alone, as many of them as it takes; None if all are not enough."""
+    taken: list[Change] = []
+    for change, fields in helpful:
+        settings = replace(settings, **fields)
+        taken.append(change)
+        found = decide(shape, settings, hardware)
+        if found.fits:
+            consequences = dict.fromkeys(change.consequence for change in taken)
+            overrides = " ".join(change.overrides for change in taken)
+            return Change(overrides, "; ".join(consequences), found.peak, True)
+    return None
 
 
 def _candidates(settings: Settings) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Overrides, consequence and changed fields; first what gives the same result, only later."""
-    if settings.evaluation_rows > 1:
-        yield "evaluate.batch_size=1", "same result", {"evaluation_rows": 1}
+    rows = settings.evaluation_rows
+    while rows > 1:
+        rows //= 2
+        yield f"evaluate.batch_size={rows}", "same result", {"evaluation_rows": rows}
     rows = settings.rows
     while rows > 1:
         rows //= 2
@@ -62,14 +87,15 @@ def _candidates(settings: Settings) -> Iterator[tuple[str, str, dict[str, Any]]]
             "same result",
             {"rows": rows, "accumulation": accumulation},
         )
-    if settings.activations not in ("auto", "full"):
-        yield "train.activations=full", "same result, slower", {"activations": "full"}
-    if settings.offload == "none" and settings.fast:
-        yield "model.offload=embeddings", "same result", {"offload": "embeddings"}
+    if settings.activations != "auto":
+        yield "train.activations=auto", "same result, slower", {"activations": "auto"}
+    compared = ", not compared with the base at the end" if settings.evaluation_rows else ""
+    if settings.offload == "none" and settings.fast and settings.device == "cuda":
+        yield "model.offload=embeddings", f"same result{compared}", {"offload": "embeddings"}
     if settings.fp8:
         yield "train.base_gemm=bf16", "closer to float32, slower", {"fp8": False}
     if settings.offload in ("none", "embeddings") and settings.streamable:
-        yield "model.offload=layers", "same result, slower", {"offload": "layers"}
+        yield "model.offload=layers", f"same result, slower{compared}", {"offload": "layers"}
     if settings.reference_because == "model.kernels=reference":
         yield "model.kernels=auto", "same result to rounding, faster", {"reference_because": None}
     if (settings.reference_because or "").startswith("lora.lora_dropout"):

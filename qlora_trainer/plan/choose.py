@@ -18,6 +18,7 @@ from qlora_trainer.plan.speed import micro_batch_seconds, optimizer_seconds, rep
 
 USABLE = 0.97  # of the device: the rest goes to fragmentation
 COMFORTABLE = 0.92  # of the device: with the margin by which the plan may be wrong left free
+HOST_SHARE = 0.7  # of the host's memory that activations may be pinned in
 UNKNOWN_FLOPS, UNKNOWN_BUS = 100e12, 25e9  # of a card that is not known, to weigh one against the other
 
 
@@ -60,6 +61,9 @@ def choose(shape: ModelShape, settings: Settings, hardware: Hardware) -> Choice:
     base, path = memory.fixed(shape, settings), memory.path_of(shape, settings)
     room = int(hardware.memory * COMFORTABLE)
     mixes = _mixes(path, shape, settings)
+    if len(mixes) > 1 and hardware.host_memory is not None:
+        pinned = HOST_SHARE * hardware.host_memory
+        mixes = [mix for mix in mixes if sum(path.on_host(policy) for policy in mix) <= pinned]
 
     def step(choice: Choice) -> memory.Phase:
         return memory.step_phase(path, settings, base, choice.policies, choice.state)
@@ -104,8 +108,8 @@ def _fill(
         return replace(choice, resident_state=kept, host_state=choice.host_state - kept)
     if settings.fp8:
         return choice  # its copies are there already
-    if settings.device == "cpu" and isinstance(path, FastPath) and settings.method != "none":
-        return replace(choice, dequantized=path.dequantized())  # fuse keeps all of them there
+    if settings.device == "cpu" and isinstance(path, FastPath):
+        return replace(choice, dequantized=min(left, path.dequantized()))
     if not isinstance(path, FastPath) or set(choice.policies) != {"none"}:
         return choice
     if settings.offload == "layers" or settings.method == "none":
@@ -161,6 +165,9 @@ def _steps(path: FastPath | ReferencePath, shape: ModelShape, settings: Settings
         work = [repeated_work(shape, settings, path.repeats(policy)) for policy in (after, before)]
         return (work[0] - work[1]) / (path.kept(before) - path.kept(after))
 
+    last = ["full"]
+    if "offload" in path.policies and path.kept("offload") < path.kept("full"):
+        last.append("offload")  # takes host memory and the bus: where nothing else fits
     if "mlp" not in path.policies or price("none", "mlp") > price("none", "full"):
-        return ["full"]  # what lies above the line from one end to the other is never worth it
-    return ["mlp", "full"]
+        return last  # what lies above the line from one end to the other is never worth it
+    return ["mlp", *last]

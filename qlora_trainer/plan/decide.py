@@ -43,7 +43,7 @@ def decide(shape: ModelShape, asked: Settings, hardware: Hardware) -> Decision:
         return _decide(shape, asked, hardware)
     ways = ["none"]
     if asked.fast:
-        ways += ["embeddings"] if shape.head else []
+        ways += ["embeddings"] if shape.head and asked.device == "cuda" else []
         ways += ["layers"] if asked.streamable else []
     for way in ways:
         found = _decide(shape, replace(asked, offload=way), hardware)

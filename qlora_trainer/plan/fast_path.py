@@ -103,6 +103,8 @@ class FastPath:
 
     def _wide(self) -> int:
         """Bytes a token that travel to the host under `offload` (`keep._WIDE`)."""
+        if self.settings.device == "cpu":
+            return 0  # they are there
         s, h = self.settings.dtype_bytes, self.shape.hidden
         streams = 4 if self.shape.norms == 4 else 2  # x, x2, and the branches' outputs before their norms
         return s * (streams * h + self.groups["qkv"].n + self.shape.q)

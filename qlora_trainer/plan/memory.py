@@ -21,7 +21,7 @@ NESTED_BLOCK = 256  # scales that share a second-level scale
 STATE_BLOCK = 256  # elements that share an 8-bit moment's scale (optim/eight_bit.py)
 PAGE_ELEMENTS, SLOTS = 1 << 21, 3  # optim/pages.py
 CUBLAS_WORKSPACE = 65 * MIB  # 32 MiB each for cuBLAS and cuBLASLt on Hopper
-CONTEXT = {"cuda": 500 * MIB, "cpu": 0}  # CUDA context, kernels, cuDNN; outside PyTorch's allocator
+CONTEXT = {"cuda": 500 * MIB, "cpu": 768 * MIB}  # outside PyTorch's allocator: CUDA, or the whole process
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,9 @@ def step_phase(
     activations = kept[-1] if peak > layer else peak
     parts = _parts(base, settings, state, dequantized)
     return Phase("step", parts | {
-        "activations": activations, "logits": peak - activations, "workspace": _workspace(path, settings, dequantized),
+        "activations": activations,
+        "logits": peak - activations,
+        "workspace": _workspace(path, settings, dequantized),
     })  # fmt: skip
 
 
@@ -169,7 +171,9 @@ def evaluation_phase(
         cache = tokens * path.shape.layers * 2 * path.shape.kv * settings.dtype_bytes
     activations, logits = max((layer + cache, 0), (0, head), key=sum)
     return Phase("evaluation", _parts(base, settings, state, dequantized) | {
-        "activations": activations, "logits": logits, "workspace": _workspace(path, settings, dequantized),
+        "activations": activations,
+        "logits": logits,
+        "workspace": _workspace(path, settings, dequantized),
     })  # fmt: skip
 
 
@@ -183,8 +187,7 @@ def phases(
     if settings.evaluation_rows:
         found.append(evaluation_phase(path, settings, base, state, dequantized))
     found.append(save_phase(settings, base, state, dequantized))
-    if settings.merges:
-        found.append(merge_phase(shape, settings, base))
+    found.append(Phase("merge", dict.fromkeys(found[0].parts, 0)))  # on the host, weight by weight
     return tuple(found)
 
 
@@ -200,14 +203,6 @@ def load_phase(shape: ModelShape, settings: Settings, base: Fixed) -> Phase:
 def save_phase(settings: Settings, base: Fixed, state: int, dequantized: int = 0) -> Phase:
     """State is copied to the host piece by piece; nothing is added on the device."""
     return Phase("save", _parts(base, settings, state, dequantized) | {"workspace": _cublas(settings)})
-
-
-def merge_phase(shape: ModelShape, settings: Settings, base: Fixed) -> Phase:
-    """Layers are dequantized and merged one at a time, in float32."""
-    largest = max((x.numel for x in shape.linears), default=0)
-    return Phase(
-        "merge", {**_parts(base, settings, 0), "gradients": 0, "e4m3 copies": 0, "workspace": 3 * 4 * largest}
-    )
 
 
 def _parts(base: Fixed, settings: Settings, state: int, dequantized: int = 0) -> dict[str, int]:

@@ -25,6 +25,7 @@ from qlora_trainer.plan.shapes import ModelShape
 from qlora_trainer.plan.speed import token_flops
 
 MARGIN, WIDE_MARGIN = 0.05, 0.20  # of the memory prediction, for tested and for unknown architectures
+PINNED = ("offloaded weights", "optimizer pages", "offloaded activations")
 PROCESS = 3 * GIB  # RAM of Python, torch and CUDA's host side
 MANIFEST = 1 << 20  # JSON, tokenizer and manifest of a checkpoint
 
@@ -40,7 +41,8 @@ class RunPlan:
         dequantized: base weights kept in 16 bits because there is room, to hand to the fast path.
         offload: none; embeddings: their table lives on the host; layers: 4-bit layers too.
         graphs: micro-steps may run as CUDA graphs.
-        host, disk: RAM and disk, by part.
+        host, disk: RAM and disk of the run, by part.
+        merging: RAM that `export` takes to merge, weight by weight.
         tokens_per_step: of all ranks, padding included, on average.
         changes: if it does not fit, the three cheapest ways out.
     """
@@ -59,6 +61,7 @@ class RunPlan:
     graphs: bool
     host: dict[str, int]
     disk: dict[str, int]
+    merging: int
     rows: int
     accumulation: int
     world_size: int
@@ -78,6 +81,11 @@ class RunPlan:
     def peak(self) -> memory.Phase:
         """The phase that needs most."""
         return max(self.phases, key=lambda phase: phase.total)
+
+    @property
+    def pinned(self) -> int:
+        """Bytes of host memory that the device reads and writes: they cannot be swapped out."""
+        return sum(self.host[part] for part in PINNED)
 
     @property
     def seconds(self) -> float | None:
@@ -129,6 +137,8 @@ def make_plan(
     found = decide(shape, asked, hardware)
     settings, choice, seconds = found.settings, found.choice, found.seconds
     tokens = settings.rows * settings.mean_length * settings.accumulation * world_size
+    host = _host(shape, settings, choice, data, found.peak)
+    enough = hardware.host_memory is None or sum(host[part] for part in PINNED) <= hardware.host_memory
     return RunPlan(
         hardware=hardware,
         model_type=shape.model_type,
@@ -142,9 +152,9 @@ def make_plan(
         dequantized=choice.dequantized,
         offload=settings.offload,
         graphs=found.graphs,
-        host=_host(shape, settings, choice, data)
-        | ({"model and step": found.peak} if hardware.device == "cpu" else {}),
+        host=host,
         disk=_disk(shape, settings),
+        merging=_merging(shape, settings),
         rows=settings.rows,
         accumulation=settings.accumulation,
         world_size=world_size,
@@ -156,7 +166,7 @@ def make_plan(
         flops_per_token=token_flops(shape, settings, choice.policies),
         margin=MARGIN if shape.exact else WIDE_MARGIN,
         budget=found.room,
-        fits=found.fits,
+        fits=found.fits and enough,
         changes=() if found.fits else cheapest(shape, asked, hardware),
         notes=_notes(shape, settings, hardware, data, auto),
     )
@@ -171,6 +181,12 @@ def check(plan: RunPlan) -> None:
     if plan.fits:
         return
     peak = plan.peak
+    if peak.total <= plan.budget:
+        raise ConfigError(
+            f"{plan.pinned / GIB:.1f} GiB of host memory would be pinned for what does not stay on "
+            f"{plan.hardware.name}, and {(plan.hardware.host_memory or 0) / GIB:.1f} GiB are available: "
+            "close other programs, or take a smaller model, batch or rank"
+        )
     changes = "; ".join(
         f"{c.overrides} ({'' if c.fits else 'still '}{c.peak / GIB:.1f} GiB)" for c in plan.changes
     )
@@ -199,18 +215,22 @@ def _beside(what: str, predicted: float, measured: float, unit: str, margin: flo
     return f"{what}: predicted {predicted:,.4g}, measured {measured:,.4g} {unit} ({error:+.1%}){verdict}"
 
 
-def _host(shape: ModelShape, settings: Settings, choice: Choice, data: DataFacts | None) -> dict[str, int]:
+def _host(
+    shape: ModelShape, settings: Settings, choice: Choice, data: DataFacts | None, peak: int
+) -> dict[str, int]:
+    """RAM by part; on a CPU everything is in `peak` but the data."""
+    if settings.device == "cpu":
+        return {**dict.fromkeys(PINNED, 0), "run": peak, "data": 16 * data.tokens if data else 0}
     trained = memory.adapter_parameters(shape, settings)
     largest = max((x.numel for x in shape.linears), default=0)
     path = memory.path_of(shape, settings)
+    in_flight = memory.state_bytes(trained, settings.state_bits) + settings.adapter_bytes * trained
     return {
-        "process": PROCESS if settings.device == "cuda" else PROCESS // 4,
-        "loading": 2 * max(largest, shape.embedding) * settings.dtype_bytes,
+        "process": PROCESS,
+        "loading or saving": max(2 * max(largest, shape.embedding) * settings.dtype_bytes, in_flight),
         "offloaded weights": _offloaded(shape, settings),
         "optimizer pages": choice.host_state,
         "offloaded activations": sum(path.on_host(policy) for policy in choice.policies),
-        "checkpoint in flight": memory.state_bytes(trained, settings.state_bits)
-        + settings.adapter_bytes * trained,
         "data": 16 * data.tokens if data else 0,
     }
 
@@ -219,6 +239,13 @@ def _offloaded(shape: ModelShape, settings: Settings) -> int:
     codes = memory.layer_codes(shape, settings) if settings.offload == "layers" else 0
     table = settings.dtype_bytes * shape.embedding if settings.offload != "none" and shape.head else 0
     return codes + table
+
+
+def _merging(shape: ModelShape, settings: Settings) -> int:
+    """A weight in float32, its update and their sum (`export/merge.py`), the adapter, and the process."""
+    widest = max((x.numel for x in shape.linears), default=0)
+    piece = 4 * max(3 * widest, 2 * shape.embedding)
+    return memory.CONTEXT["cpu"] + piece + settings.adapter_bytes * memory.adapter_parameters(shape, settings)
 
 
 def _disk(shape: ModelShape, settings: Settings) -> dict[str, int]:
@@ -259,7 +286,9 @@ def _notes(
     if data is None:
         notes.append("data not read: every row counted as full and every token as labelled")
     if hardware.flops is None:
-        notes.append(f"speed of {hardware.name} is not known: no time predicted")
+        notes.append(
+            f"speed of {hardware.name} is not known: no time predicted; plan.gpu=NAME of a card has it"
+        )
     if settings.managed:
         notes.append(
             "bnb_paged_adamw_32bit: moments in managed memory, which the driver moves; counted as resident"

@@ -29,10 +29,11 @@ def show(plan: RunPlan, console: Console) -> None:
 
 
 def render(plan: RunPlan) -> RenderableType:
-    parts: list[RenderableType] = [_facts(plan), _memory(plan)]
+    parts: list[RenderableType] = [_facts(plan), "", _memory(plan)]
     if plan.changes:
-        parts.append(_changes(plan))
-    parts += [f"[dim]{note}[/dim]" for note in plan.notes]
+        parts += ["", _changes(plan)]
+    if plan.notes:
+        parts += ["", *(f"[dim]{note}[/dim]" for note in plan.notes)]
     title = "plan: fits" if plan.fits else "[red]plan: does not fit[/red]"
     return Panel(Group(*parts), title=title, title_align="left")
 
@@ -45,8 +46,9 @@ def _facts(plan: RunPlan) -> Table:
         "path", plan.path + (f", because of {plan.reference_because}" if plan.reference_because else "")
     )
     table.add_row("adapter", f"{count(plan.trainable)} trainable parameters ({share:.2%})")
-    table.add_row("device", f"{plan.hardware.name}, {gib(plan.hardware.memory)} GiB")
-    table.add_row("activations", plan.policy_summary())
+    device, size = plan.hardware, f"{gib(plan.hardware.memory)} GiB"
+    table.add_row("device", size if device.flops is None else f"{device.name}, {size}")
+    table.add_row("activations", _explained(plan.policy_summary()))
     if plan.graphs:
         table.add_row("launches", "CUDA graphs")
     if plan.offload != "none":
@@ -58,23 +60,39 @@ def _facts(plan: RunPlan) -> Table:
         f"{plan.rows} x {plan.length} tokens x {plan.accumulation} accumulated{ranks} = "
         f"{plan.tokens_per_step:,.0f} tokens",
     )
-    steps = f"{plan.steps:,} steps" if plan.steps is not None else "steps: not known before the data is read"
-    if plan.seconds_per_step is not None and plan.tokens_per_second is not None:
-        steps += f", {duration(plan.seconds_per_step)} each, {plan.tokens_per_second:,.0f} tokens/s"
-    if plan.seconds is not None:
-        steps += f", {duration(plan.seconds)} in all"
-    table.add_row("time", steps)
-    host, disk = sum(plan.host.values()), sum(plan.disk.values())
-    table.add_row("host RAM", _against(host, plan.hardware.host_memory))
-    table.add_row("disk", _against(disk, plan.hardware.disk))
+    table.add_row("time", _time(plan))
+    table.add_row("host RAM", _against(plan.host, plan.hardware.host_memory))
+    table.add_row("disk", _against(plan.disk, plan.hardware.disk))
+    table.add_row("merge", f"in `export`, without the GPU: {gib(plan.merging)} GiB of host RAM")
     return table
 
 
-def _against(need: int, have: int | None) -> str:
-    if have is None:
-        return f"{gib(need)} GiB"
-    text = f"{gib(need)} of {gib(have)} GiB"
-    return f"[red]{text}: not enough[/red]" if need > have else text
+def _time(plan: RunPlan) -> str:
+    said = [] if plan.steps is None else [f"{plan.steps:,} steps"]
+    if plan.seconds_per_step is not None and plan.tokens_per_second is not None:
+        said.append(f"{duration(plan.seconds_per_step)} a step, {plan.tokens_per_second:,.0f} tokens/s")
+    if plan.seconds is not None:
+        said.append(f"{duration(plan.seconds)} in all")
+    if plan.steps is None:
+        said.append("how many steps depends on the data")
+    return ", ".join(said)
+
+
+def _explained(policies: str) -> str:
+    """`none` alone says little to whoever meets it first."""
+    return {"none": "none: nothing is recomputed", "full": "full: every layer is recomputed"}.get(
+        policies, policies
+    )
+
+
+def _against(parts: Mapping[str, int], have: int | None) -> str:
+    """`7.14 of 62.0 GiB: process 3.00, data 4.14`."""
+    need = sum(parts.values())
+    text = f"{gib(need)} GiB" if have is None else f"{gib(need)} of {gib(have)} GiB"
+    if have is not None and need > have:
+        text = f"[red]{text}, not enough[/red]"
+    named = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
+    return f"{text}: {named}"
 
 
 def _memory(plan: RunPlan) -> Table:
@@ -83,14 +101,15 @@ def _memory(plan: RunPlan) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     where = "device memory" if plan.hardware.device == "cuda" else "memory"
     table.add_column(f"{where} at the peak, GiB")
-    for phase in plan.phases:
+    phases = [phase for phase in plan.phases if phase.total]  # merging takes none
+    for phase in phases:
         table.add_column(phase.name, justify="right")
     for name in names:
-        table.add_row(name, *(gib(phase.parts[name]) for phase in plan.phases))
-    table.add_row("[dim]allocated[/dim]", *(f"[dim]{gib(phase.allocated)}[/dim]" for phase in plan.phases))
-    style = "bold" if plan.fits else "bold red"
+        table.add_row(name, *(gib(phase.parts[name]) for phase in phases))
+    table.add_row("[dim]allocated[/dim]", *(f"[dim]{gib(phase.allocated)}[/dim]" for phase in phases))
+    style = "bold" if plan.peak.total <= plan.budget else "bold red"
     table.add_row(
-        f"of {gib(plan.budget)} that may be used", *(gib(phase.total) for phase in plan.phases), style=style
+        f"of {gib(plan.budget)} that may be used", *(gib(phase.total) for phase in phases), style=style
     )
     return table
 
@@ -121,7 +140,9 @@ def count(number: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 0.53 s, 4 min, 3.2 h."""
+    """Seconds as a person says them: 0.53 s, 4 min, 3.2 h, 12 days."""
     if seconds < 60:
         return f"{seconds:.2g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+    if seconds < 3600:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"

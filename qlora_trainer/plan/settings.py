@@ -88,7 +88,7 @@ class Settings:
     @property
     def streamable(self) -> bool:
         """Whether `model/offload.py` could stream the layers."""
-        return self.fast and self.method in ("nf4", "fp4") and not self.fp8
+        return self.device == "cuda" and self.fast and self.method in ("nf4", "fp4") and not self.fp8
 
     @property
     def tokens(self) -> int:

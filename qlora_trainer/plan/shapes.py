@@ -1,20 +1,17 @@
 """What the plan must know of a model: every linear layer's size and the geometry of a decoder layer.
 
 In: a `config.json` as a dict, from which transformers builds the model on the meta device (no memory,
-0.1 s for 70B), or, for an architecture that transformers does not know, names and shapes of the
-tensors in its safetensors files. Out: `ModelShape`.
+0.1 s for 70B). Out: `ModelShape`. Architectures that transformers does not know are for `unknown.py`.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_trainer.errors import MissingInputError
+from qlora_trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,13 +105,19 @@ def from_config(config: Mapping[str, Any]) -> ModelShape:
 
     Raises:
         KeyError: transformers does not know its `model_type`.
+        ConfigError: it does, and that is no causal language model.
     """
     import torch
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
     known = CONFIG_MAPPING[plain.pop("model_type")].from_dict(plain)
     text = known.get_text_config(decoder=True)
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigError(
+            f"model.model_name_or_path: transformers has no causal language model of type {text.model_type}, "
+            "and only those are trained here"
+        )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(text)
     return from_model(model)
@@ -141,14 +144,15 @@ def from_model(model: PreTrainedModel) -> ModelShape:
             continue
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
             n_in, n_out = module.weight.shape[::-1] if isinstance(module, nn.Linear) else module.weight.shape
-            linears.append(Linear(name.rsplit(".", 1)[-1], int(n_in), int(n_out), _layer(name)))
+            linears.append(Linear(name.rsplit(".", 1)[-1], int(n_in), int(n_out), layer_of(name)))
             other += count - module.weight.numel()  # biases
         elif isinstance(module, nn.Embedding):
             embeddings += count
         else:
             other += count
     tied = head is None or head.weight is embedding.weight or config.tie_word_embeddings
-    hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
+    hidden = int(config.hidden_size)
+    heads = int(getattr(config, "num_attention_heads", None) or max(1, hidden // 128))  # of none: a guess
     head_dim = int(getattr(config, "head_dim", None) or hidden // heads)
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     mlp = {x for x in linears if x.layer == 0 and re.search(r"gate|up|fc1|fc_in|h_to_4h|c_fc|wi", x.name)}
@@ -159,7 +163,7 @@ def from_model(model: PreTrainedModel) -> ModelShape:
     layer_norms = {
         name
         for name, module in model.named_modules()
-        if _layer(name) == 0 and "norm" in name.rsplit(".", 1)[-1]
+        if layer_of(name) == 0 and "norm" in name.rsplit(".", 1)[-1]
     }
     head_norms = {n for n in layer_norms if n.endswith(("q_norm", "k_norm"))}
     rms = not any(isinstance(module, torch.nn.LayerNorm) for module in model.modules())
@@ -186,86 +190,7 @@ def from_model(model: PreTrainedModel) -> ModelShape:
     )
 
 
-def from_tensors(tensors: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> ModelShape:
-    """The shape of a model that transformers does not know, from its tensors' names and shapes.
-
-    A matrix inside a numbered block is a linear layer, one whose side is the vocabulary an embedding
-    or a head. The geometry is read from the usual keys of `config`, with Llama's as a default, so the
-    plan states a wider margin.
-    """
-    linears: list[Linear] = []
-    tables: list[int] = []
-    other = 0
-    vocab = int(config.get("vocab_size") or max(shape[0] for shape in tensors.values()))
-    for name, shape in tensors.items():
-        numel = 1
-        for side in shape:
-            numel *= side
-        layer = _layer(name)
-        if len(shape) == 2 and layer is not None:
-            linears.append(Linear(name.removesuffix(".weight").rsplit(".", 1)[-1], shape[1], shape[0], layer))
-        elif len(shape) == 2 and vocab in shape:
-            tables.append(numel)
-        else:
-            other += numel
-    layers = 1 + max((x.layer for x in linears if x.layer is not None), default=0)
-    widths = [x.in_features for x in linears] or [1]
-    hidden = int(config.get("hidden_size") or config.get("d_model") or max(set(widths), key=widths.count))
-    widest = max((max(x.in_features, x.out_features) for x in linears), default=4 * hidden)
-    heads = int(config.get("num_attention_heads") or config.get("n_head") or max(1, hidden // 128))
-    kv_heads = int(config.get("num_key_value_heads") or heads)
-    head_dim = int(config.get("head_dim") or hidden // heads)
-    return ModelShape(
-        model_type=str(config.get("model_type", "unknown")),
-        linears=tuple(linears),
-        embedding=max(tables, default=0),
-        head=sum(tables) - max(tables, default=0),
-        other=other,
-        layers=layers,
-        hidden=hidden,
-        intermediate=int(config.get("intermediate_size") or widest),
-        q=heads * head_dim,
-        kv=kv_heads * head_dim,
-        heads=heads,
-        vocab=vocab,
-        gated=True,
-        relu=False,
-        fused_qkv=False,
-        norm="rms",
-        norms=2,
-        head_norms=False,
-        exact=False,
-    )
-
-
-def from_folder(folder: Path) -> ModelShape:
-    """The shape of the model in `folder`: from its config.json, else from its safetensors headers.
-
-    Raises:
-        MissingInputError: transformers does not know the architecture and there are no weights.
-    """
-    config = json.loads((folder / "config.json").read_text())
-    try:
-        return from_config(config)
-    except KeyError:
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise MissingInputError(
-                f"{folder}: transformers does not know model_type={config.get('model_type')!r} and there are "
-                "no *.safetensors to read the shapes from; add the weights, or use a known architecture"
-            ) from None
-        return from_tensors({k: v for file in files for k, v in header_shapes(file).items()}, config)
-
-
-def header_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in a safetensors file; reads its header only."""
-    with file.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        header = json.loads(handle.read(length))
-    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-
-
-def _layer(name: str) -> int | None:
+def layer_of(name: str) -> int | None:
     """The number of the decoder layer in a module's name (`model.layers.3.mlp.up_proj` -> 3)."""
     found = re.search(r"\.(\d+)\.", f".{name}.")
     return int(found.group(1)) if found else None

@@ -111,6 +111,11 @@ def micro_batch_seconds(
             seconds += passes * moved / (hardware.bandwidth * part.bandwidth)
     if settings.offload == "layers" and hardware.bus is not None:  # up and down again, beside the work
         seconds = max(seconds, 2 * layer_codes(shape, settings) / hardware.bus)
+    leaving = sum(path.on_host(policy) for policy in policies)
+    if (
+        leaving and hardware.bus is not None
+    ):  # beside a forward pass, and back beside a backward pass twice as long
+        seconds = max(seconds / 3, leaving / hardware.bus) + max(2 * seconds / 3, leaving / hardware.bus)
     return max(seconds, shape.layers * (part.graphed if graphs else part.host) * passes / 2)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
+from qlora_trainer.plan.architecture import shape_of
 from qlora_trainer.plan.settings import Settings
 from qlora_trainer.plan.shapes import ModelShape, from_config
 
@@ -25,6 +28,10 @@ def settings(*, fast: bool = True, **changes: object) -> Settings:
     if not fast:
         changes["reference_because"] = "the test asks for it"
     return replace(BASIC, **changes)  # type: ignore[arg-type]
+
+
+def shape_in(folder: Path) -> ModelShape:
+    return shape_of(json.loads((folder / "config.json").read_text()), folder)
 
 
 def llama3_8b() -> ModelShape:

@@ -8,9 +8,11 @@ import sys
 
 import pytest
 
+from qlora_trainer.__main__ import main
 from qlora_trainer.commands import plan as command
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import ConfigError
+from tests import tiny
 from tests.plan.sizes import LLAMA3_8B
 
 
@@ -53,3 +55,37 @@ def test_importing_the_plan_is_light() -> None:
     code = "import qlora_trainer.plan.plan, qlora_trainer.plan.screen, sys; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
+
+
+def test_planning_and_looking_first_does_not_stand_in_the_way_of_training(tmp_path, capsys) -> None:
+    tiny.save(tmp_path / "model")
+    rows = [{"instruction": f"say {i}", "output": f"it is {i}!"} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = ["recipe=tiny", f"model.model_name_or_path={tmp_path / 'model'}", f"output_dir={tmp_path / 'run'}"]
+    line += [f"data.path={tmp_path / 'rows.jsonl'}", f"data.cache_dir={tmp_path / 'cache'}"]
+    assert main(["plan", *line, "train.max_steps=-1"]) == 0
+    assert "10 steps" in capsys.readouterr().out  # 40 rows, read because they are here
+    assert main(["inspect", *line]) == 0
+    assert main(line) == 0
+    measured = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert main(["plan", *line, "plan.gpu=24GiB"]) == 0  # what the run has recorded stays
+    assert json.loads((tmp_path / "run" / "plan.json").read_text()) == measured
+    assert (tmp_path / "run" / "plan-preview.json").exists()
+
+
+def test_several_processes_are_planned_together(config: RunConfig, capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    config.plan.num_processes = 4
+    config.output_dir = None
+    command.run(config)
+    assert "accumulated x 4 processes = 32,768 tokens" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_model_that_nobody_knows_is_planned_with_a_wider_margin(config: RunConfig, capsys) -> None:
+    file = f"{config.model.model_name_or_path}/config.json"
+    with open(file, "w") as stream:
+        json.dump(LLAMA3_8B | {"model_type": "llama9"}, stream)
+    command.run(config)
+    assert "memory within 20%" in capsys.readouterr().out
+    with open(f"{config.output_dir}/plan.json") as stream:
+        assert json.load(stream)["margin"] == 0.2

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_trainer.optim import pages
 from qlora_trainer.optim.adamw import AdamW
-from qlora_trainer.plan import memory, shapes
+from qlora_trainer.plan import memory
 from tests import tiny
-from tests.plan.sizes import llama3_8b, settings
+from tests.plan.sizes import llama3_8b, settings, shape_in
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -37,7 +37,7 @@ def test_base_takes_the_bytes_of_the_quantized_model(tmp_path, architecture: str
                     parts += [state.state2.absmax, state.state2.code, state.offset]
                 constants += sum(-(-part.nbytes // 512) * 512 for part in parts)
     other = sum({id(p): p.nbytes for p in model.parameters() if p.dtype != torch.uint8}.values())
-    base = memory.fixed(shapes.from_folder(tmp_path), settings(double_quant=double_quant))
+    base = memory.fixed(shape_in(tmp_path), settings(double_quant=double_quant))
     assert weights > 0
     assert (base.base_weights, base.quantization_constants, base.embeddings_and_head) == (
         weights,

@@ -56,7 +56,7 @@ def test_no_other_micro_batch_that_fits_is_faster() -> None:
 
 
 def test_a_card_that_holds_one_row_gets_one() -> None:
-    found = plan("9GiB", ("train.max_length", 4096))
+    found = plan("12GiB", ("model.kernels", "reference"))
     assert found.fits and found.rows == 1
     assert "auto: 1 of" in " ".join(found.notes)
     refused = plan("4GiB")

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_trainer.plan import shapes
 from qlora_trainer.plan.fast_path import FastPath
 from qlora_trainer.plan.reference_path import ReferencePath
 from tests import tiny
-from tests.plan.sizes import llama3_8b, settings
+from tests.plan.sizes import llama3_8b, settings, shape_in
 
 SIZES = {"hidden_size": 128, "intermediate_size": 320}
 CHANGES = {
@@ -71,7 +70,7 @@ def test_reference_path_saves_what_the_formula_says(tmp_path, architecture, dtyp
         changes = CHANGES.get(architecture, SIZES)
         tiny.model(architecture, num_hidden_layers=layers, **changes).save_pretrained(folder)
         measured.append(bytes_saved(folder, dtype, targets if isinstance(targets, str) else list(targets)))
-    shape = shapes.from_folder(folder)
+    shape = shape_in(folder)
     wanted = settings(
         fast=False, rows=ROWS, length=LENGTH, r=8, dtype_bytes=dtype.itemsize, target_modules=targets
     )

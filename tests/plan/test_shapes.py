@@ -7,10 +7,10 @@ import json
 import peft
 import pytest
 
-from qlora_trainer.errors import MissingInputError
+from qlora_trainer.errors import ConfigError
 from qlora_trainer.plan import memory, shapes
 from tests import tiny
-from tests.plan.sizes import settings
+from tests.plan.sizes import LLAMA3_8B, settings, shape_in
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
@@ -39,20 +39,39 @@ def test_adapter_parameters_equal_peft(architecture: str, targets, dora: bool) -
 
 def test_unknown_architecture_is_planned_from_its_tensors(tmp_path) -> None:
     tiny.model("llama", hidden_size=80, intermediate_size=112).save_pretrained(tmp_path)
-    known = shapes.from_folder(tmp_path)
+    known = shape_in(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "llama9"}))
-    unknown = shapes.from_folder(tmp_path)
+    unknown = shape_in(tmp_path)
     assert known.exact and not unknown.exact
     for name in ("parameters", "layers", "hidden", "q", "kv", "intermediate", "vocab", "embedding", "head"):
         assert getattr(unknown, name) == getattr(known, name), name
     assert sorted(x.numel for x in unknown.linears) == sorted(x.numel for x in known.linears)
 
 
-def test_unknown_architecture_without_weights_says_what_to_add(tmp_path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "llama9"}')
-    with pytest.raises(MissingInputError, match="llama9"):
-        shapes.from_folder(tmp_path)
+def test_unknown_architecture_without_weights_is_planned_as_a_llama(tmp_path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA3_8B | {"model_type": "llama9"}))
+    found, real = shape_in(tmp_path), shapes.from_config(LLAMA3_8B)
+    assert not found.exact
+    assert found.parameters == real.parameters and found.layers == real.layers and found.kv == real.kv
+
+
+def test_unknown_architecture_of_unknown_size_says_what_to_add(tmp_path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama9", "hidden_size": 64}')
+    with pytest.raises(ConfigError, match=r"llama9.*num_hidden_layers, vocab_size: add the weights"):
+        shape_in(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["t5", "vit"])
+def test_what_is_no_causal_language_model_is_refused(model_type: str) -> None:
+    with pytest.raises(ConfigError, match=model_type):
+        shapes.from_config({"model_type": model_type})
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "falcon", "mixtral", "mamba", "cohere", "olmo2"])
+def test_other_causal_language_models_are_planned(model_type: str) -> None:
+    found = shapes.from_config({"model_type": model_type, "num_hidden_layers": 2})
+    assert not found.exact and found.layers == 2 and found.parameters > 1e6
 
 
 def test_large_shapes_take_no_memory() -> None:
