@@ -48,6 +48,7 @@ from qlora_trainer.track import Tracker
 from qlora_trainer.track.console import ConsoleTracker
 from qlora_trainer.track.jsonl import JsonlTracker
 from qlora_trainer.track.redact import Redactor
+from qlora_trainer.track.report import FILE as REPORT
 from qlora_trainer.track.wandb import WandbTracker
 from qlora_trainer.train.distributed import Ranks
 from qlora_trainer.train.health import MemoryGuard
@@ -322,5 +323,6 @@ def _what_next(folder: Path, base: str) -> str:
         f"[bold]done[/]     the adapter is in {folder / 'adapter'}\n"
         f"next     python -m qlora_trainer chat run={folder}\n"
         f"         python -m qlora_trainer evaluate run={folder}\n"
-        f"         or load it with plain peft: {folder / 'adapter' / 'README.md'} says how"
+        f"         or load it with plain peft: {folder / 'adapter' / 'README.md'} says how\n"
+        f"page     {folder / REPORT}"
     )

@@ -101,8 +101,8 @@ def _measured(measured_on: str, models: Sequence[dict[str, Any]]) -> Table:
         rows.append(
             [
                 Cell(clip(model["model"]), "strong" if held else ""),
-                *(_figure(model.get(key), pattern) for _, key, pattern in wanted),
                 Cell(*verdict) if held else "",
+                *(_figure(model.get(key), pattern) for _, key, pattern in wanted),
             ]
         )
     failures = [
@@ -110,7 +110,7 @@ def _measured(measured_on: str, models: Sequence[dict[str, Any]]) -> Table:
         for model in models
         for failure in model["failures"]
     ]
-    columns = ("model", *(label for label, _, _ in wanted), "verdict")
+    columns = ("model", "", *(label for label, _, _ in wanted))
     return Table(columns, rows, f"measured on {clip(measured_on)}, each in a fresh process", failures)
 
 
@@ -123,15 +123,16 @@ def _figure(value: float | None, pattern: str) -> str:
 def checkpoints(files: RunFiles) -> Section | None:
     """What is on the disk: checkpoints and the adapter."""
     rows: list[Row] = []
-    for saved in files.checkpoints[-CHECKPOINTS:]:
+    kept = files.checkpoints[-CHECKPOINTS:]
+    best = kept[-1].about.get("best_step") if kept else None
+    for saved in kept:
         about = saved.about
-        best = about.get("best_step")
-        loss = about.get("best_loss") if best == about.get("step") else None
+        loss = about.get("best_loss") if about.get("step") == best else None
         rows.append(
             [
                 Cell(clip(f"checkpoints/{saved.name}"), "code"),
                 form(about.get("tokens"), "{:,}"),
-                Cell(form(loss, "{:.4g}") + (" best so far" if loss is not None else ""), "good"),
+                Cell(form(loss, "{:.4g}, the best"), "good"),
                 megabytes(saved.size),
                 date(saved.written),
             ]

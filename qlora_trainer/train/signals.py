@@ -45,6 +45,7 @@ SESSION = (
     "step",
     "measured",
 )  # what is kept of an earlier start
+SESSIONS = 200  # the last ones: the file is written every second
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LAUNCHERS = ("ACCELERATE_", "TORCHELASTIC_")  # prefixes of the variables they set for their children
 
@@ -103,7 +104,8 @@ def _sessions(path: Path) -> list[dict[str, Any]]:
         previous = json.loads(path.read_bytes())
         if not {"first_step", "step"} <= previous.keys():
             return list(previous.get("sessions", []))
-        return [*previous.get("sessions", []), {key: previous[key] for key in SESSION if key in previous}]
+        last = {key: previous[key] for key in SESSION if key in previous}
+        return [*previous.get("sessions", []), last][-SESSIONS:]
     except (OSError, ValueError, AttributeError):  # none there, torn, or not ours
         return []
 

@@ -222,10 +222,10 @@ def test_the_page_says_what_the_files_say(tmp_path):
         "no answer text dropped rows.jsonl 17",
         "What is 2+2? 4 five 4",
         "base alone 3.2500",
-        "merged 0.0004 0.01 100.0% 1.500 273 passed",
+        "merged passed 0.0004 0.01 100.0% 1.500 273",
         "nf4: the tuning is lost",
         "not verified: gptq",
-        "checkpoints/step-000004 800 1.5 best so far",
+        "checkpoints/step-000004 800 1.5, the best",
         "lora.r 7 64 command line",
     ):
         assert said in page.text, said

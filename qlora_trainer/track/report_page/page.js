@@ -4,10 +4,11 @@ const color = name => getComputedStyle(document.documentElement).getPropertyValu
 const number = (value, digits = 4) => value === null || value === undefined ? "–"
   : Math.abs(value) >= 10000 ? Math.round(value).toLocaleString("en")
   : value !== 0 && Math.abs(value) < 1e-3 ? value.toExponential(2) : String(Number(value.toPrecision(digits)));
+const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 4 });
 // All ticks of an axis alike: 5e-4 and 1e-3, not 5e-4 and 0.001.
 const ticked = ticks => ticks.map(tick => tick === null ? "" : tick === 0 ? "0"
   : Math.max(...ticks) < 0.01 ? tick.toExponential().replace(/\.?0*e/, "e")
-  : Math.abs(tick) >= 10000 ? tick.toLocaleString("en") : String(Number(tick.toPrecision(3))));
+  : Math.abs(tick) >= 10000 ? compact.format(tick) : String(Number(tick.toPrecision(6))));
 
 function make(tag, attributes, ...children) {
   const element = document.createElement(tag);
@@ -16,7 +17,6 @@ function make(tag, attributes, ...children) {
   return element;
 }
 
-// label, column, colour, and how it is drawn: a line, a faint line behind another, or points joined by one
 const smooth = "smoothed" in data.columns;
 const plots = [
   { title: "loss", wide: true, curves: [
@@ -37,7 +37,7 @@ function marks(u) {
   const { ctx, bbox } = u, ratio = devicePixelRatio;
   const line = (step, stroke, dash) => {
     const x = Math.round(u.valToPos(step, "x", true)) + 0.5;
-    if (x < bbox.left || x > bbox.left + bbox.width) return;
+    if (x < bbox.left || x > bbox.left + bbox.width + 1) return;
     ctx.strokeStyle = color(stroke);
     ctx.setLineDash(dash.map(length => length * ratio));
     ctx.beginPath();
@@ -59,7 +59,7 @@ function latest(values, at) {
 }
 
 function draw(plot, holder) {
-  const head = make("h3", {}), box = make("div", {});
+  const head = make("h3", {}), box = make("div", { role: "img", ariaLabel: `${plot.title} by step` });
   const values = plot.curves.map(curve => {
     const swatch = make("span", { className: "swatch" }), value = make("b", {});
     swatch.style.borderColor = `var(--${curve.stroke})`;
@@ -86,9 +86,9 @@ function draw(plot, holder) {
       const margin = (high - low || Math.abs(high) || 1) * 0.06;
       return [plot.fromZero || (low >= 0 && low < high * 0.5) ? 0 : low - margin, high + margin];
     } } },
-    axes: [{ ...axis, size: 28, gap: 4, values: (u, ticks) => ticks.map(tick => Number.isInteger(tick) ? tick.toLocaleString("en") : "") },
+    axes: [{ ...axis, size: 28, gap: 4, values: (u, ticks) => ticked(ticks).map((text, at) => Number.isInteger(ticks[at]) ? text : "") },
       { ...axis, size: 58, gap: 6, values: (u, ticks) => ticked(ticks) }],
-    series: [{}, ...plot.curves.map(curve => ({ label: curve.label, stroke: () => color(curve.stroke), width: curve.width ?? 1.5,
+    series: [{}, ...plot.curves.map(curve => ({ label: curve.label, stroke: () => color(curve.stroke), width: curve.width ?? (data.steps.length > 1000 ? 1 : 1.5),
       spanGaps: true, points: { show: curve.points ?? data.steps.length < 3, size: 6, fill: () => color(curve.stroke) } }))],
     hooks: { drawAxes: [marks], setCursor: [u => {
       const at = u.cursor.idx;
