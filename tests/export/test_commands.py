@@ -40,6 +40,7 @@ def test_an_export_over_its_bound_ends_with_exit_3_and_its_card_says_so(finished
     card = (folder / "exports" / "merged" / "README.md").read_text()
     assert "**merged failed:** diverges by" in card
     stored = json.loads((folder / "exports" / "verify.json").read_text())
+    assert ">failed<" in (folder / "report.html").read_text()
     assert [model["model"] for model in stored["models"]] == ["trained model", "base alone", "merged"]
     assert stored["models"][2]["prompt_ids"] == stored["models"][0]["prompt_ids"]
 

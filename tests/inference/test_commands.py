@@ -38,6 +38,10 @@ def test_evaluate_shows_and_stores_base_beside_tuned(finished, capsys):
     assert found["tuned"]["questions"] == 4 and found["tuned"]["exact_match"] == 0
     printed = capsys.readouterr().out
     assert f"{found['tuned']['perplexity']:.2f}" in printed and "say 2" in printed
+    assert (
+        len(found["examples"]) == 2
+        and found["examples"][0]["reference"] in (folder / "report.html").read_text()
+    )
 
 
 def test_chat_answers_each_line_of_a_pipe(finished, capsys, monkeypatch):

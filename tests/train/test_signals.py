@@ -287,3 +287,22 @@ def test_ticks_are_rare_and_the_last_word_has_all_fields(tmp_path: Path) -> None
     last = json.loads((tmp_path / "status.json").read_bytes())
     assert (last["state"], last["step"], last["exit_code"]) == ("done", 99, 0)
     Status(None).update(phase="training")  # other ranks write nothing
+
+
+def test_a_signal_after_the_last_word_changes_nothing(tmp_path):
+    child = Child(
+        tmp_path,
+        """
+        status.write_to(Path(sys.argv[1]) / "status.json")
+        with stop.phase("exporting", interruptible=True):
+            pass
+        stop.over()
+        status.finish(0)
+        ready()
+        wait(limit=2.0)
+        """,
+    )
+    assert child.line() == "ready\n"
+    child.send(signal.SIGTERM)
+    assert child.end(60) == (0, "end\n")
+    assert json.loads((tmp_path / "status.json").read_bytes())["state"] == "done"
