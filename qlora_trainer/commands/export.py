@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cache
+from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from qlora_trainer.checkpoint.disk import lock
 from qlora_trainer.commands import report, wiring
@@ -19,6 +20,7 @@ from qlora_trainer.export import calibration, hub
 from qlora_trainer.export.base import Held
 from qlora_trainer.export.formats import Exporter, ExportOptions, Source
 from qlora_trainer.model.load import DTYPES, pick_device
+from qlora_trainer.track.redact import Redactor
 
 
 def run(config: RunConfig) -> None:
@@ -39,23 +41,23 @@ def run(config: RunConfig) -> None:
             Progress(TextColumn("{task.description:>8}"), BarColumn(), TimeElapsedColumn(), console=console)
         )
 
-        def progress(kind: str) -> Callable[[int, int], None]:
-            task = bars.add_task(kind, total=None)
-            return lambda done, total: bars.update(task, completed=done, total=total)
+        tasks: dict[str, TaskID] = {}
 
-        options = ExportOptions(
-            merge_base=wanted.merge_base,
-            dtype=None if wanted.dtype == "auto" else DTYPES[wanted.dtype],
-            bits=wanted.bits,
-            group_size=wanted.group_size,
-            sym=wanted.sym,
-            desc_act=wanted.desc_act,
-            gguf_type=wanted.gguf_type,
-            overwrite=wanted.overwrite,
-        )
+        def progress(kind: str) -> Callable[[int, int], None]:
+            tasks[kind] = bars.add_task(kind, total=None)
+            return lambda done, total: bars.update(tasks[kind], completed=done, total=total)
+
+        def export(kind: str) -> Path:
+            folder = exporter.export(kind)
+            if kind in tasks:  # not all report their progress; a finished bar's clock stands still
+                bars.update(tasks[kind], completed=1, total=1)
+            return folder
+
+        dtype = None if wanted.dtype == "auto" else DTYPES[wanted.dtype]
+        options = wiring.taken(ExportOptions, wanted, dtype=dtype)
         exporter = Exporter(source, options, root, device, _calibration(config, source), progress)
         exporter.check(wanted.format)
-        folders = {kind: exporter.export(kind) for kind in wanted.format}
+        folders = {kind: export(kind) for kind in wanted.format}
     for kind, folder in folders.items():
         console.print(f"{kind:>8}  {folder}", highlight=False)
     if wanted.verify:
@@ -81,8 +83,8 @@ def source_of(config: RunConfig) -> Source:
         fingerprint=what.record.get("base_fingerprint", ""),
         tokenizer=what.tokenizer,
         stop_ids=what.stop_ids,
-        data=_data_names(config) if ours else [],
-        settings=as_dict(config) if ours else {},
+        data=Redactor().tree(_data_names(config)) if ours else [],
+        settings=Redactor().tree(as_dict(config)) if ours else {},
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +17,8 @@ from qlora_trainer.model.load import DTYPES, BaseOptions, pick_dtype
 from qlora_trainer.model.lora import LoraOptions
 from qlora_trainer.train.distributed import Ranks
 from qlora_trainer.train.signals import shield_worker
+
+_Options = TypeVar("_Options")
 
 
 def base_options(config: RunConfig, device: torch.device) -> BaseOptions:
@@ -36,22 +38,18 @@ def base_options(config: RunConfig, device: torch.device) -> BaseOptions:
         compute_dtype=compute,
         attn_implementation=None if model.attn_implementation == "auto" else model.attn_implementation,
         trust_remote_code=model.trust_remote_code,
+        cache_quantized=model.cache_quantized,
     )
+
+
+def taken(options: type[_Options], section: Any, **settled: Any) -> _Options:
+    """`options` with each field from the key of that name in `section`, except those `settled` here."""
+    names = (f.name for f in fields(options) if f.name not in settled)  # type: ignore[arg-type]
+    return options(**{name: getattr(section, name) for name in names}, **settled)
 
 
 def lora_options(config: RunConfig) -> LoraOptions:
-    lora = config.lora
-    return LoraOptions(
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        target_modules=lora.target_modules,
-        modules_to_save=lora.modules_to_save,
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-        init_lora_weights=lora.init_lora_weights,
-        dtype=DTYPES[lora.dtype],
-    )
+    return taken(LoraOptions, config.lora, dtype=DTYPES[config.lora.dtype])
 
 
 def identity(
@@ -106,7 +104,7 @@ def _plain(value: Any) -> Any:
 
 
 def data_options(config: RunConfig) -> DataOptions:
-    return DataOptions(**{f.name: getattr(config.data, f.name) for f in fields(DataOptions)})
+    return taken(DataOptions, config.data)
 
 
 def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TokenizedData:

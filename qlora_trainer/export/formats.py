@@ -7,7 +7,6 @@ the same adapter with the same settings is kept, so an interrupted export goes o
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,6 +26,7 @@ from qlora_trainer.export.delta import WEIGHTS, Updates, read_updates
 from qlora_trainer.export.fingerprint import base_fingerprint, sha256, size_on_disk
 from qlora_trainer.export.merge import Merge, Progress
 from qlora_trainer.export.quantize import METHODS, QuantizeOptions, quantize
+from qlora_trainer.inference.load import read_json
 
 FORMATS = ("adapter", "merged", "gptq", "awq", "rtn", "int8", "nf4", "gguf")
 RECIPE = "export.json"
@@ -75,8 +75,10 @@ class ExportOptions:
     Attributes:
         merge_base: trained | original.
         dtype: of merged weights; None is the base's own.
-        quantize: for gptq, awq and rtn.
+        bits, group_size, sym, desc_act: for gptq, awq and rtn.
         gguf_type: f16 | bf16 | q8_0 | q6_k | q5_k_m | q5_1 | q5_0 | q4_k_m | q4_1 | q4_0.
+        calibration, calibration_samples, calibration_length: what gptq and awq watch activations on.
+        overwrite: replace a folder made from another adapter or with other settings.
     """
 
     merge_base: str = "trained"
@@ -86,6 +88,9 @@ class ExportOptions:
     sym: bool = True
     desc_act: bool = False
     gguf_type: str = "q8_0"
+    calibration: str = "train"
+    calibration_samples: int = 128
+    calibration_length: int = 512
     overwrite: bool = False
 
     def quantize(self, method: str) -> QuantizeOptions:
@@ -176,7 +181,7 @@ class Exporter:
     def finished(self, kind: str) -> bool:
         """Whether that folder is there and was made from this adapter with these settings."""
         path = self.folder(kind) / RECIPE
-        return path.is_file() and json.loads(path.read_text(encoding="utf-8")) == self.recipe(kind)
+        return path.is_file() and read_json(path) == self.recipe(kind)
 
     def recipe(self, kind: str) -> dict[str, Any]:
         """What the folder depends on; equal recipes give equal folders."""
@@ -194,6 +199,9 @@ class Exporter:
             }
         if kind in METHODS:
             recipe |= asdict(self.options.quantize(kind))
+        if kind in ("gptq", "awq"):
+            names = ("calibration", "calibration_samples", "calibration_length")
+            recipe |= {name: getattr(self.options, name) for name in names}
         if kind == "gguf":
             recipe["gguf_type"] = self.options.gguf_type
         return recipe

@@ -162,7 +162,8 @@ def _answers(model: Any, tokenizer: Any, request: dict[str, Any]) -> dict[str, A
     stops = request["stop_ids"]
     if (folder / "generation_config.json").is_file():
         stored = GenerationConfig.from_pretrained(folder).eos_token_id
-        stops = stored if isinstance(stored, list) else [stored]
+        if stored is not None:
+            stops = stored if isinstance(stored, list) else [stored]
     texts, stopped, made, seconds = [], 0, 0, 0.0
     for prompt in request["prompts"]:
         ids = torch.tensor([prompt], device=model.device)

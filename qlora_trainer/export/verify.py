@@ -9,7 +9,21 @@ Divergence is KL(trained ‖ export) in nats a token over the tokens that carry 
     it is at most its bound (BOUNDS, or export.max_kl),
     it is far nearer to the trained model than the base is (KEEPS): otherwise the tuning is lost,
     it turns the same conversation into the same token ids,
+    it stops at every token that the trained model stops at,
     and its answers end with a stop token as often as the trained model's do (less one in ten).
+
+An export that cannot be loaded has failed too, and the others are measured all the same.
+
+`verify.json` beside an export holds `measured_on` (what the rows are) and `models`: the trained model,
+the base alone and this export, or, in `exports/verify.json`, every one. Of each, where it was measured:
+
+    model passed failures                     name, true or false, sentences
+    kl top1 max_logit_difference              to the trained model: nats a token, a share, logits
+    perplexity tokens                         of the rows, and how many tokens were measured
+    exact_match json_match stopped            shares of the questions; answers that ended with a stop token
+    load_seconds tokens_per_second            of loading and of generating
+    bytes sha256 max_kl                       of an export: its size, file -> digest, and its bound
+    prompt_ids stop_ids                       token ids of CONVERSATION, and those that end an answer
 """
 
 from __future__ import annotations
@@ -125,7 +139,7 @@ def verify(
 
     Raises:
         ConfigError: nothing to measure on, or a folder without export.
-        CheckpointError: a model that cannot be loaded.
+        CheckpointError: the trained model or its base cannot be loaded.
     """
     if not any(any(measured[1:]) for _, measured in sample.rows):
         raise ConfigError(f"verify: {sample.source} has no row with a labelled token to measure on")
@@ -169,13 +183,16 @@ def verify(
         found: list[Verdict] = []
         for name, folder in exports.items():
             recipe = json.loads((folder / "export.json").read_text(encoding="utf-8"))
-            measured = probe(name, str(recipe["format"]), folder)
-            measured |= {"bytes": size_on_disk(folder), "sha256": digests(folder)}
             kind = _kind_of(recipe)
             bound = BOUNDS[kind] if max_kl is None else max_kl
             share = KEEPS.get(kind, KEEPS_AT_LEAST)
-            failures = judge(measured, trained, base, bound, share, len(sample.questions))
-            found.append(Verdict(name, measured | {"max_kl": bound}, failures))
+            measured = {"bytes": size_on_disk(folder), "sha256": digests(folder), "max_kl": bound}
+            try:
+                measured |= probe(name, str(recipe["format"]), folder)
+                failures = judge(measured, trained, base, bound, share, len(sample.questions))
+            except CheckpointError as error:
+                failures = (str(error).removeprefix(f"{name} "),)
+            found.append(Verdict(name, measured, failures))
     first = [Verdict("trained model" if base else "base", trained | {"kl": 0.0, "top1": 1.0})]
     if base is not None:
         first.append(Verdict("base alone", base))
@@ -207,6 +224,8 @@ def judge(
         failures.append(f"the tuning is lost: it diverges {lost}")
     if measured["prompt_ids"] != trained["prompt_ids"]:
         failures.append("turns a conversation into other token ids")
+    if lost_stops := sorted(set(trained["stop_ids"]) - set(measured["stop_ids"])):
+        failures.append(f"does not stop at the tokens {', '.join(map(str, lost_stops))}")
     if measured["stopped"] < trained["stopped"] - 0.1 * questions:
         failures.append(f"ends {measured['stopped']} of {questions} answers, trained {trained['stopped']}")
     return tuple(failures)

@@ -78,21 +78,25 @@ def test_planted_wrong_merges_fail_and_the_right_one_passes(tmp_path):
         save_file(tensors, path, metadata={"format": "pt"})
         return root / name
 
+    broken = shutil.copytree(right, root / "broken") / "model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-1000])
     coarse = Held("fp4", True, torch.float32)
     planted = {
         "dropped": plant("dropped", lambda plain, tuned: plain),
         "twice": plant("twice", lambda plain, tuned: plain + 2 * (tuned - plain)),
         "requantized": plant("requantized", lambda plain, tuned: coarse.round_trip(tuned)),
     }
+    planted = {"broken": broken.parent, **planted}  # before the others, which are measured all the same
     verdicts = verify(yardstick(run), {"merged": right, **planted}, sample(), max_new_tokens=4)
     names = [verdict.name for verdict in verdicts]
-    assert names == ["trained model", "base alone", "merged", "dropped", "twice", "requantized"]
+    assert names == ["trained model", "base alone", "merged", *planted]
     found = {verdict.name: verdict for verdict in verdicts}
     assert found["merged"].passed and found["merged"].measured["kl"] < 1e-6
     assert found["merged"].measured["top1"] == 1.0
     assert found["base alone"].measured["kl"] > 100 * found["merged"].measured["kl"]
     for name in planted:
         assert not found[name].passed, name
+    assert "cannot be loaded and measured" in found["broken"].failures[0]
     assert "the tuning is lost" in " ".join(found["dropped"].failures)
     assert found["dropped"].measured["kl"] == pytest.approx(found["base alone"].measured["kl"], abs=1e-5)
 
@@ -105,7 +109,7 @@ def test_planted_wrong_merges_fail_and_the_right_one_passes(tmp_path):
     assert "| ✗ twice |" in markdown(verdicts, sample())
 
 
-MEASURED = {"kl": 0.001, "prompt_ids": [1, 2], "stopped": 10}
+MEASURED = {"kl": 0.001, "prompt_ids": [1, 2], "stopped": 10, "stop_ids": [2, 5]}
 BASE = {"kl": 0.4}
 
 
@@ -117,6 +121,7 @@ BASE = {"kl": 0.4}
         ({"prompt_ids": [1, 1, 2]}, "other token ids"),
         ({"prompt_ids": None}, "other token ids"),
         ({"stopped": 8}, "ends 8 of 10"),
+        ({"stop_ids": [5]}, "does not stop at the tokens 2"),
     ],
 )
 def test_each_promise_is_judged(change, word):
