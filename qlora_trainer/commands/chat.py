@@ -15,7 +15,8 @@ from qlora_trainer.inference.load import load
 def run(config: RunConfig) -> None:
     """Answers until /quit or the end of input; prompts and hints only where a person types."""
     wanted = config.chat
-    loaded = load(run_folder(config), device=config.model.device)
+    model = config.model
+    loaded = load(run_folder(config), device=model.device, cache_quantized=model.cache_quantized)
     sampling = Sampling(
         max_new_tokens=wanted.max_new_tokens,
         temperature=wanted.temperature,

@@ -16,7 +16,7 @@ def run(config: RunConfig) -> None:
     """Prints the comparison and writes it to evaluation.json in the run's folder."""
     folder = run_folder(config)
     find_adapter(folder)  # before anything heavy
-    loaded = load(folder, device=config.model.device)
+    loaded = load(folder, device=config.model.device, cache_quantized=config.model.cache_quantized)
     held_out = wiring.load_held_out(config, loaded.tokenizer)
     if not held_out:
         raise DataError(f"{folder}: nothing is held out; set data.eval_path=FILE or data.eval_fraction=0.1")

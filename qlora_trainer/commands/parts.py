@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from rich.console import RenderableType
+from rich.markup import escape
 
 from qlora_trainer.checkpoint.format import Checkpoint
 from qlora_trainer.commands import wiring
@@ -63,7 +64,11 @@ def load_model(run: Run, base: BaseOptions, plan: RunPlan) -> PeftModel:
     config, device = run.config, run.ranks.device
     started = time.monotonic()
     streamed = plan.offload == "layers"
-    model = load_base(base, torch.device("cpu") if streamed else device)
+    model = load_base(
+        base,
+        torch.device("cpu") if streamed else device,
+        say=lambda line: run.say(f"[dim]         {escape(line)}"),
+    )
     adapted = attach(model, wiring.lora_options(config), config.seed)
     adapted.train()
     if streamed:

@@ -23,6 +23,7 @@ class ModelConfig:
     )
     device: str = "auto"  # auto | cpu | cuda
     trust_remote_code: bool = False
+    cache_quantized: bool = False  # keep what was quantized in ~/.cache/qlora_trainer and load it from there
 
 
 @dataclass

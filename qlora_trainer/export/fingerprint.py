@@ -1,18 +1,15 @@
 """Which base an adapter belongs to: a digest of the base's weights that takes well under a second.
 
 It covers each weight file's safetensors header (every name, dtype, shape and offset), its size, and
-sixteen samples of 64 KiB spread over it. Two revisions of a model differ in nearly every weight, so
-samples tell them apart; a file with one flipped bit is not what this is for.
+samples spread over it: see `model.shards.sample`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import struct
 from pathlib import Path
 
-_SAMPLES = 16
-_BYTES = 1 << 16
+from qlora_trainer.model.shards import sample
 
 
 def base_fingerprint(source: str, revision: str | None = None) -> str:
@@ -20,14 +17,7 @@ def base_fingerprint(source: str, revision: str | None = None) -> str:
     digest = hashlib.sha256()
     files = weight_files(source, revision)
     for path in files:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            header = file.read(struct.unpack("<Q", file.read(8))[0])
-            digest.update(f"{path.name}:{size}".encode() + header)
-            first = file.tell()
-            for sample in range(_SAMPLES):
-                file.seek(first + (size - first) * sample // _SAMPLES)
-                digest.update(file.read(_BYTES))
+        sample(path, digest)
     return f"sha256:{digest.hexdigest()}" if files else ""
 
 

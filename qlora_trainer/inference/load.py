@@ -96,6 +96,7 @@ def load(
     base: str | None = None,
     device: str = "auto",
     attn_implementation: str | None = None,
+    cache_quantized: bool = False,
 ) -> Loaded:
     """Loads the model that was trained: base quantized as then, adapter in its own dtype on top.
 
@@ -103,13 +104,18 @@ def load(
         folder: a run's output_dir or an adapter folder.
         base: where the base is, if not where the adapter says.
         device: auto | cpu | cuda.
+        cache_quantized: as `BaseOptions` has it.
 
     Raises:
         MissingInputError: no adapter or no base there.
         CheckpointError: the adapter's files are broken or do not fit that base.
     """
     adapter = find_adapter(folder)
-    options = replace(trained_base(adapter, base, device), attn_implementation=attn_implementation)
+    options = replace(
+        trained_base(adapter, base, device),
+        attn_implementation=attn_implementation,
+        cache_quantized=cache_quantized,
+    )
     model = load_base(options, pick_device(device))
     tuned = put_adapter(model, adapter)
     tokenizer = load_adapter_tokenizer(adapter, options)

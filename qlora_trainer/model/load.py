@@ -7,12 +7,15 @@ How the weights get there, and how little memory it takes, is `assemble`'s.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -23,9 +26,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from qlora_trainer.errors import ConfigError, MissingInputError
+from qlora_trainer.errors import CheckpointError, ConfigError, MissingInputError
 from qlora_trainer.model.assemble import assemble, first_line, to_stderr
-from qlora_trainer.model.source import resolve
+from qlora_trainer.model.cache import KeptBase
+from qlora_trainer.model.shards import stored_tensors
+from qlora_trainer.model.source import resolve, weight_files
 
 BLOCKSIZE = 64  # elements that share one quantization constant, bitsandbytes' default and the paper's
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,6 +47,7 @@ class BaseOptions:
         double_quant: quantize the 4-bit blocks' float32 constants to 8 bits (QLoRA, section 3).
         dtype: of everything that is not quantized, and of activations.
         compute_dtype: that 4-bit layers dequantize to.
+        cache_quantized: keep what was quantized in the user's cache (see `cache`), and read it from there.
     """
 
     name_or_path: str
@@ -52,6 +58,7 @@ class BaseOptions:
     compute_dtype: torch.dtype = torch.float32
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    cache_quantized: bool = False
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -91,12 +98,13 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
         MissingInputError: the folder or hub model carries none that transformers can read.
     """
     source = resolve(name_or_path, revision)
-    try:
-        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise MissingInputError(
-            f"model.model_name_or_path: no tokenizer can be read from {source}: {first_line(error)}"
-        ) from error
+    with _config_errors(source):
+        try:
+            return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise MissingInputError(
+                f"model.model_name_or_path: no tokenizer can be read from {source}: {first_line(error)}"
+            ) from error
 
 
 def load_base(
@@ -113,25 +121,78 @@ def load_base(
         ConfigError: the checkpoint is already quantized in another way than `method`.
     """
     source = resolve(options.name_or_path, options.revision)
-    try:
-        config = AutoConfig.from_pretrained(
-            source, revision=options.revision, trust_remote_code=options.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise MissingInputError(
-            f"model.model_name_or_path: no model can be read from {source}: {first_line(error)}"
-        ) from error
-    model = assemble(
+    with _config_errors(source):
+        try:
+            config = AutoConfig.from_pretrained(
+                source, revision=options.revision, trust_remote_code=options.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise MissingInputError(
+                f"model.model_name_or_path: no model can be read from {source}: {first_line(error)}"
+            ) from error
+    quantization = _quantization_config(options, config)
+    read = partial(
+        assemble, device=device, dtype=options.dtype, attn_implementation=options.attn_implementation, say=say
+    )
+    kept = _place_to_keep(source, quantization, options, device, say)
+    found = kept is not None and kept.ready()
+    if kept is not None and found:
+        try:
+            model = read(str(kept.folder), AutoConfig.from_pretrained(kept.folder))
+            model.config.name_or_path = model.name_or_path = source
+            say(f"quantized before and kept: read from {kept.root}")
+            return _settled(model, options, device)
+        except MissingInputError as error:
+            say(f"the quantized base that was kept is made anew: {error}")
+    model = read(
         source,
         config,
-        device,
+        quantization=quantization,
         revision=options.revision,
-        dtype=options.dtype,
-        quantization=_quantization_config(options, config),
-        attn_implementation=options.attn_implementation,
         trust_remote_code=options.trust_remote_code,
-        say=say,
     )
+    model = _settled(model, options, device)
+    if kept is not None:
+        try:
+            kept.keep(model, anew=found)
+            say(f"the quantized base is kept in {kept.root}")
+        except CheckpointError as error:  # the run goes on without
+            say(f"model.cache_quantized: the quantized base is not kept: {error}")
+    return model
+
+
+@contextmanager
+def _config_errors(source: str) -> Iterator[None]:
+    """Turns what transformers' configurations say of their own fields into one line."""
+    try:
+        yield
+    except StrictDataclassError as error:
+        raise MissingInputError(
+            f"model.model_name_or_path: the config.json of {source}: {first_line(error.__cause__ or error)}"
+        ) from error
+
+
+def _place_to_keep(
+    source: str, quantization: Any, options: BaseOptions, device: torch.device, say: Callable[[str], None]
+) -> KeptBase | None:
+    """Where the quantized base is kept, if it is to be."""
+    if not options.cache_quantized:
+        return None
+    files = None
+    if isinstance(quantization, BitsAndBytesConfig) and not options.trust_remote_code:
+        files = weight_files(source, options.revision)
+    if files is None:
+        say("model.cache_quantized: nothing to keep, for bitsandbytes does not quantize this base here")
+        return None
+    try:
+        stored_tensors(files, device)  # whose headers it reads: a damaged file is found before its digest
+    except CheckpointError as error:
+        raise MissingInputError(f"model.model_name_or_path: {error}") from error
+    return KeptBase.of(source, files, quantization, options.dtype, device)
+
+
+def _settled(model: PreTrainedModel, options: BaseOptions, device: torch.device) -> PreTrainedModel:
+    """The model as training, and every comparison with it, needs it."""
     model.config.use_cache = False  # a key-value cache is of no use in training; generation sets its own
     model.requires_grad_(False)
     for name, module in model.named_modules():

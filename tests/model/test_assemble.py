@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -175,11 +176,6 @@ def test_peak_memory_beyond_the_model_is_under_1_3_of_the_largest_shard(shards: 
     assert all(peak < 1.3 * largest for peak in peaks.values()), f"{peaks} for shards of {largest:,} bytes"
 
 
-def broken(folder: Path, whole: Path) -> Path:
-    shutil.copytree(whole, folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("whole"), "llama", "40KB")
@@ -224,7 +220,7 @@ def drop_a_tensor(folder: Path) -> None:
     path.write_text(json.dumps(index))
 
 
-def widen(key: str, value: int):
+def config_says(key: str, value: object) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {key: value}))
@@ -242,13 +238,23 @@ def widen(key: str, value: int):
         (name_a_tensor_too_many, r"names model\.layers\.7\.mlp\.up_proj\.weight in it"),
         (break_the_index, "not an index of shards"),
         (drop_a_tensor, r"1 tensors are missing, such as model\.layers\.1\.mlp\.up_proj\.weight"),
-        (widen("num_hidden_layers", 3), r"9 tensors are missing, such as model\.layers\.2\."),
-        (widen("intermediate_size", 192), r"is \[(64, 128|128, 64)\], asked for is \[(64, 192|192, 64)\]"),
-        (widen("vocab_size", 300), r"is \[263, 64\], asked for is \[300, 64\]"),
+        (config_says("num_hidden_layers", 3), r"9 tensors are missing, such as model\.layers\.2\."),
+        (
+            config_says("intermediate_size", 192),
+            r"is \[(64, 128|128, 64)\], asked for is \[(64, 192|192, 64)\]",
+        ),
+        (config_says("vocab_size", 300), r"is \[263, 64\], asked for is \[300, 64\]"),
+        (
+            config_says("num_attention_heads", 3),
+            r"config\.json of .* not a multiple of the number of attention heads",
+        ),
+        (config_says("num_hidden_layers", "two"), r"config\.json of .* expected int, got str"),
     ],
 )
-def test_a_broken_checkpoint_is_one_line(tmp_path: Path, whole: Path, method: str, damage, complaint) -> None:
-    folder = broken(tmp_path / "model", whole)
+def test_a_broken_checkpoint_is_one_line(
+    tmp_path: Path, whole: Path, method: str, damage: Callable[[Path], None], complaint: str
+) -> None:
+    folder = shutil.copytree(whole, tmp_path / "model")
     damage(folder)
     with pytest.raises(MissingInputError, match=complaint) as caught:
         load_base(BaseOptions(str(folder), method=method), CPU)
@@ -256,8 +262,8 @@ def test_a_broken_checkpoint_is_one_line(tmp_path: Path, whole: Path, method: st
 
 
 def test_stored_tensors_that_the_model_has_no_place_for_are_said(tmp_path: Path, whole: Path) -> None:
-    folder = broken(tmp_path / "model", whole)
-    widen("num_hidden_layers", 1)(folder)
+    folder = shutil.copytree(whole, tmp_path / "model")
+    config_says("num_hidden_layers", 1)(folder)
     said: list[str] = []
     model = load_base(BaseOptions(str(folder)), CPU, said.append)
     assert isinstance(model.model.layers[0].mlp.up_proj, bnb.nn.Linear4bit)

@@ -5,9 +5,11 @@ from statistics import NormalDist
 import bitsandbytes as bnb
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_trainer.errors import ConfigError, MissingInputError
 from qlora_trainer.model.load import BaseOptions, load_base, load_tokenizer, pick_device
+from qlora_trainer.model.lora import LoraOptions, attach
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -98,14 +100,46 @@ def test_quantization_constants_cost_what_the_paper_says(tmp_path, double_quant,
     assert bits / parameters == pytest.approx(expected, abs=0.001)
 
 
-def test_a_checkpoint_stored_in_nf4_loads_as_it_is_and_refuses_another_method(folder, tmp_path):
-    model = load_base(BaseOptions(folder, method="nf4"), CPU)
-    model.save_pretrained(tmp_path)
-    again = load_base(BaseOptions(str(tmp_path), method="nf4"), CPU)
-    ids = torch.tensor([[3, 4, 5]])
-    assert torch.equal(model(input_ids=ids).logits, again(input_ids=ids).logits)
-    with pytest.raises(ConfigError, match="already stored as nf4"):
-        load_base(BaseOptions(str(tmp_path), method="int8"), CPU)
+def one_step(model: torch.nn.Module) -> torch.Tensor:
+    """The loss after a step of AdamW from `model`'s."""
+    adapted = attach(model, LoraOptions(r=4, dtype=torch.float32), seed=0).train()
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    ids = torch.tensor([[3, 4, 5, 6, 7, 8]])
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        return adapted(input_ids=ids, labels=ids).loss
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("method", ["nf4", "fp4"])
+def test_a_ready_4_bit_checkpoint_is_not_quantized_again_and_trains_as_its_source(
+    folder, tmp_path, monkeypatch, method, double_quant
+):
+    """Saved by plain transformers and bitsandbytes, as anyone's is."""
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=method, bnb_4bit_use_double_quant=double_quant
+    )
+    AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=quantization
+    ).save_pretrained(tmp_path)
+    source = load_base(BaseOptions(folder, method=method, double_quant=double_quant), CPU)
+
+    monkeypatch.setattr(bnb.functional, "quantize_4bit", lambda *_, **__: pytest.fail("quantized again"))
+    stored = load_base(BaseOptions(str(tmp_path), method=method), CPU)
+    assert type(stored.model.layers[0].mlp.up_proj) is bnb.nn.Linear4bit
+    start = stored(input_ids=torch.tensor([[3, 4, 5, 6, 7, 8]])).logits
+    assert torch.equal(start, source(input_ids=torch.tensor([[3, 4, 5, 6, 7, 8]])).logits)
+    loss = one_step(stored)
+    assert torch.equal(loss, one_step(source)) and loss.isfinite()
+
+
+def test_a_stored_checkpoint_refuses_another_method(folder, tmp_path):
+    load_base(BaseOptions(folder, method="nf4"), CPU).save_pretrained(tmp_path)
+    for method in ("int8", "fp4", "none"):
+        with pytest.raises(ConfigError, match="already stored as nf4"):
+            load_base(BaseOptions(str(tmp_path), method=method), CPU)
 
 
 def test_what_is_not_a_model_says_so(tmp_path):

@@ -1,0 +1,126 @@
+"""The quantized base, kept in the user's cache so that the next load need not quantize again.
+
+In: where the 16-bit weights are and how they are to be quantized. Out: an ordinary bitsandbytes
+checkpoint that `assemble` reads, every bit as it was, a quarter of the size (INT8: half).
+
+An entry belongs to one source, one device type and one way to quantize; its record says of exactly
+what it was made, and anything else is as good as nothing: the libraries' versions, config.json's
+sha256, and of each weight file its resolved path, size, inode, modification and change times, and a
+digest of samples spread over it. Hashing every byte would take as long as quantizing does. The change
+time is the kernel's own: whoever writes into a file, renames another in its place or copies one with
+its old date changes it; in the hub's cache a resolved path ends in the file's own hash besides.
+
+    $XDG_CACHE_HOME/qlora_trainer/quantized/<name>-<key>/
+      model/    the checkpoint, and in record.json what it was made of and each file's size
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from qlora_trainer.checkpoint import disk
+from qlora_trainer.model.builtin import cache_root
+from qlora_trainer.model.shards import sample
+
+LAYOUT = 1  # raise when what is kept, or how, changes
+SHARD = "500MB"  # of the checkpoint; writing holds one of them in memory
+RECORD = "record.json"
+
+
+@dataclass(frozen=True)
+class KeptBase:
+    """A place in the cache, and what it must have been made of to be of use."""
+
+    root: Path
+    made_of: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        source: str,
+        files: Iterable[Path],
+        quantization: BitsAndBytesConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> KeptBase:
+        """The place for `source`, whose weights are in `files` and its config.json beside them."""
+        files = sorted(files)
+        settings = {
+            "source": str(Path(source).resolve()) if Path(source).is_dir() else source,
+            "quantization": quantization.to_dict() | {"bnb_4bit_compute_dtype": None},  # set at each load
+            "dtype": str(dtype),
+            "device": device.type,  # a CPU and a GPU need not round alike
+        }
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        made_of = settings | {
+            "layout": LAYOUT,
+            "versions": {name: metadata.version(name) for name in ("bitsandbytes", "torch", "transformers")},
+            "config": hashlib.sha256((files[0].parent / "config.json").read_bytes()).hexdigest(),
+            "files": [_identity(path.resolve()) for path in files],
+        }
+        return cls(cache_root() / "quantized" / f"{Path(source).name}-{key}", made_of)
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "model"
+
+    def ready(self) -> bool:
+        """Whether the whole checkpoint is there, made of what it should be."""
+        try:
+            record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
+            sizes = {name: (self.folder / name).stat().st_size for name in record["bytes"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return bool(record == {"made_of": self.made_of, "bytes": sizes})
+
+    def keep(self, model: PreTrainedModel, *, anew: bool = False) -> None:
+        """Writes `model` there, whole or not at all. Another process that is at it is left to it.
+
+        Args:
+            anew: what is there cannot be read.
+
+        Raises:
+            CheckpointError: no space, or the cache cannot be written.
+        """
+
+        def fill(work: Path) -> None:
+            model.save_pretrained(work, max_shard_size=SHARD)
+            sizes = {path.name: path.stat().st_size for path in sorted(work.iterdir())}
+            (work / RECORD).write_bytes(disk.to_json({"made_of": self.made_of, "bytes": sizes}))
+
+        with disk.disk_errors(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            try:
+                with FileLock(self.root / ".lock", timeout=0):
+                    disk.clean(self.root)  # what a killed process left
+                    if anew or not self.ready():
+                        disk.publish_folder(self.folder, fill, needed=_nbytes(model) + (1 << 20))
+            except Timeout:
+                return
+
+
+def _nbytes(model: PreTrainedModel) -> int:
+    return sum(tensor.nbytes for tensor in model.state_dict().values())
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    status, digest = path.stat(), hashlib.sha256()
+    sample(path, digest)
+    return {
+        "path": str(path),
+        "bytes": status.st_size,
+        "inode": status.st_ino,
+        "modified": status.st_mtime_ns,
+        "changed": status.st_ctime_ns,
+        "samples": digest.hexdigest(),
+    }
