@@ -13,8 +13,11 @@ import sys
 
 import torch
 
+from qlora_trainer.train.signals import shield_worker
+
 
 def main() -> None:
+    shield_worker()
     from auto_round.export.export_to_gguf.packing import ggml_quant
 
     device = sys.argv[2]

@@ -22,6 +22,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qlora_trainer.train.signals import shield_worker
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -186,4 +188,5 @@ def _answers(model: Any, tokenizer: Any, request: dict[str, Any]) -> dict[str, A
 
 
 if __name__ == "__main__":
+    shield_worker()
     main(*sys.argv[1:])

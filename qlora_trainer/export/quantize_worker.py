@@ -13,8 +13,11 @@ from typing import Any
 
 import torch
 
+from qlora_trainer.train.signals import shield_worker
+
 
 def main() -> None:
+    shield_worker()
     request: dict[str, Any] = json.load(sys.stdin)
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
     from gptqmodel.quantization.config import RTNConfig

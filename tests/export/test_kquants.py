@@ -1,8 +1,14 @@
 """K-quants: llama.cpp's mix of types, the rounding in its own process, what is said without the library."""
 
 import importlib.util
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import gguf
+import psutil
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Q
@@ -93,3 +99,36 @@ def test_what_the_library_says_when_it_fails_is_passed_on_and_kept(tmp_path, mon
         exporter(run, gguf_type="q4_k_m").export("gguf")
     root = run.adapter.parent / "exports"
     assert [path.name for path in root.iterdir()] == ["gguf.log"]
+
+
+def test_a_worker_dies_with_the_export_that_started_it(tmp_path):
+    slow, born = tmp_path / "auto_round", tmp_path / "pid"
+    slow.mkdir()
+    (slow / "__init__.py").write_text(
+        "import os, pathlib, time\n"
+        f"path = pathlib.Path({str(born)!r})\n"
+        "path.with_suffix('.new').write_text(str(os.getpid()))\n"
+        "path.with_suffix('.new').rename(path)\n"
+        "time.sleep(600)\n"
+    )
+    code = (
+        "import pathlib, torch, gguf\n"
+        "from qlora_trainer.export.kquants import KQuantizer\n"
+        f"quantizer = KQuantizer(pathlib.Path({str(tmp_path / 'log')!r}), 'cpu')\n"
+        "quantizer.quantize(torch.zeros(2, 256), gguf.GGMLQuantizationType.Q4_K)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    export = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path})
+    wait_for(born.exists)
+    worker = psutil.Process(int(born.read_text()))
+    assert worker.is_running()
+    export.kill()
+    export.wait()
+    wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+
+
+def wait_for(condition):
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
