@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 import resource
 import shlex
+import statistics
 import sys
 import time
 from dataclasses import dataclass
@@ -35,14 +36,16 @@ from qlora_trainer.model.lora import attach
 from qlora_trainer.model.offload import LayerStream, offload_layers
 from qlora_trainer.model.source import resolve
 from qlora_trainer.plan import screen
-from qlora_trainer.plan.hardware import GIB
-from qlora_trainer.plan.plan import RunPlan, check
+from qlora_trainer.plan.plan import RunPlan, check, compare
+from qlora_trainer.track import jsonl
 from qlora_trainer.track.console import console
 from qlora_trainer.track.redact import Redactor
 from qlora_trainer.train.distributed import Ranks
 from qlora_trainer.train.loop import Progress
 from qlora_trainer.train.signals import Status, StopSignals
 from qlora_trainer.train.state import versions
+
+MEDIAN_OF = 5  # steps, for a speed that compiling and planning have not bent
 
 
 @dataclass
@@ -199,16 +202,15 @@ def describe_training(run: Run, progress: Progress, first: int, seconds: float, 
     if not steps:
         return f"trained  already at step {progress.step}; nothing left to do"
     lines = [f"trained  {steps} steps in {seconds:.0f} s; {progress.supervised:,} supervised tokens in all"]
-    measured: dict[str, float] = {"seconds_per_step": seconds / steps}
-    if run.ranks.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(run.ranks.device)
-        planned = max(phase.allocated for phase in plan.phases)
-        measured["peak_allocated"] = peak
-        off = peak / planned - 1
-        verdict = "" if abs(off) <= plan.margin else "[yellow] — the plan was wrong by more than it promises"
-        lines.append(
-            f"memory   {peak / GIB:.2f} GiB allocated, {planned / GIB:.2f} planned ({off:+.1%}){verdict}"
-        )
     if run.ranks.main:
-        screen.write(plan, run.folder / "plan.json", measured)
+        measured = memory_used(run.ranks.device) | speed_of(run.folder / "metrics.jsonl", first)
+        lines += [f"[yellow]{line}" if "off by" in line else line for line in compare(plan, measured)]
+        screen.write(plan, run.folder / "plan.json", {"seconds_per_step": seconds / steps, **measured})
     return "\n".join(lines)
+
+
+def speed_of(metrics: Path, first: int) -> dict[str, float]:
+    """Tokens a second of the median step after `first`, where enough have been to have a median."""
+    records = [record for record in jsonl.read(metrics) if record["step"] > first]
+    speeds = [record["tokens_per_second"] for record in records if record.get("tokens_per_second")]
+    return {"tokens_per_second": statistics.median(speeds)} if len(speeds) >= MEDIAN_OF else {}

@@ -78,7 +78,10 @@ def choose(shape: ModelShape, settings: Settings, hardware: Hardware) -> Choice:
     def evaluation(choice: Choice) -> int:
         if not settings.evaluation_rows:
             return 0
-        return memory.evaluation_phase(path, settings, base, choice.state).total
+        phases = [memory.evaluation_phase(path, settings, base, choice.state)]
+        if settings.offload == "none":
+            phases.append(memory.comparison_phase(path, settings, base, choice.state))
+        return max(phase.total for phase in phases)
 
     for evaluated in (evaluation, lambda choice: 0):  # what evaluation alone forbids, no policy mends
         fitting = []

@@ -21,7 +21,7 @@ NESTED_BLOCK = 256  # scales that share a second-level scale
 STATE_BLOCK = 256  # elements that share an 8-bit moment's scale (optim/eight_bit.py)
 PAGE_ELEMENTS, SLOTS = 1 << 21, 3  # optim/pages.py
 CUBLAS_WORKSPACE = 65 * MIB  # 32 MiB each for cuBLAS and cuBLASLt on Hopper
-CONTEXT = {"cuda": 500 * MIB, "cpu": 768 * MIB}  # outside PyTorch's allocator: CUDA, or the whole process
+CONTEXT = {"cuda": 500 * MIB, "cpu": 640 * MIB}  # outside PyTorch's allocator: CUDA, or the whole process
 
 
 @dataclass(frozen=True)
@@ -156,21 +156,39 @@ def step_phase(
 def evaluation_phase(
     path: FastPath | ReferencePath, settings: Settings, base: Fixed, state: int, dequantized: int = 0
 ) -> Phase:
-    """Held-out rows without gradients: one layer at work, the head, or the cache of generated answers.
+    """Held-out rows without gradients, between two steps: one layer at work, or the head."""
+    return _held_out("evaluation", path, settings, base, state, dequantized)
 
-    Base and tuned model are compared on the reference path, because it can switch the adapter off.
+
+def comparison_phase(
+    path: FastPath | ReferencePath, settings: Settings, base: Fixed, state: int, dequantized: int = 0
+) -> Phase:
+    """Base beside tuned at the end, on the reference path, because it can switch the adapter off.
+
+    Where questions are answered, with the cache of the generated tokens.
     """
     wide = replace(settings, rows=settings.evaluation_rows)
-    reference = ReferencePath(path.shape, wide)
-    paths = [path_of(path.shape, wide)] + ([reference] if settings.offload == "none" else [])
-    layer = max(each.evaluation() for each in paths)
-    head = max(each.head(backward=False) for each in paths)
     cache = 0
     if settings.new_tokens:
         tokens = wide.tokens + wide.rows * settings.new_tokens
         cache = tokens * path.shape.layers * 2 * path.shape.kv * settings.dtype_bytes
-    activations, logits = max((layer + cache, 0), (0, head), key=sum)
-    return Phase("evaluation", _parts(base, settings, state, dequantized) | {
+    reference = ReferencePath(path.shape, settings)
+    return _held_out("comparison", reference, settings, base, state, dequantized, cache)
+
+
+def _held_out(
+    name: str,
+    path: FastPath | ReferencePath,
+    settings: Settings,
+    base: Fixed,
+    state: int,
+    dequantized: int,
+    cache: int = 0,
+) -> Phase:
+    wide = type(path)(path.shape, replace(settings, rows=settings.evaluation_rows))
+    head = wide.head(backward=False)
+    activations, logits = max((wide.evaluation() + cache, 0), (0, head), key=sum)
+    return Phase(name, _parts(base, settings, state, dequantized) | {
         "activations": activations,
         "logits": logits,
         "workspace": _workspace(path, settings, dequantized),
@@ -187,6 +205,8 @@ def phases(
     if settings.evaluation_rows:
         found.append(evaluation_phase(path, settings, base, state, dequantized))
     found.append(save_phase(settings, base, state, dequantized))
+    if settings.evaluation_rows and settings.offload == "none":
+        found.append(comparison_phase(path, settings, base, state, dequantized))
     found.append(Phase("merge", dict.fromkeys(found[0].parts, 0)))  # on the host, weight by weight
     return tuple(found)
 

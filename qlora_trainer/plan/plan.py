@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -25,6 +26,8 @@ from qlora_trainer.plan.shapes import ModelShape
 from qlora_trainer.plan.speed import token_flops
 
 MARGIN, WIDE_MARGIN = 0.05, 0.20  # of the memory prediction, for tested and for unknown architectures
+HOST_MARGIN, HOST_ROUNDING = 0.20, 256 << 20  # of RAM: libraries and the allocator's holes are in it
+TIME_MARGIN = 0.20
 PINNED = ("offloaded weights", "optimizer pages", "offloaded activations")
 PROCESS = 3 * GIB  # RAM of Python, torch and CUDA's host side
 MANIFEST = 1 << 20  # JSON, tokenizer and manifest of a checkpoint
@@ -83,6 +86,11 @@ class RunPlan:
         return max(self.phases, key=lambda phase: phase.total)
 
     @property
+    def training_peak(self) -> int:
+        """Bytes that PyTorch allocates at most until training ends: the base is compared with after that."""
+        return max(phase.allocated for phase in self.phases if phase.name not in ("comparison", "merge"))
+
+    @property
     def pinned(self) -> int:
         """Bytes of host memory that the device reads and writes: they cannot be swapped out."""
         return sum(self.host[part] for part in PINNED)
@@ -107,7 +115,7 @@ class RunPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """plan.json."""
-        return dataclasses.asdict(self) | {"peak_allocated": max(p.allocated for p in self.phases)}
+        return dataclasses.asdict(self) | {"peak_allocated": self.training_peak}
 
 
 def make_plan(
@@ -196,23 +204,35 @@ def check(plan: RunPlan) -> None:
     )
 
 
-def compare(plan: RunPlan, peak_allocated: int | None, tokens_per_second: float | None) -> list[str]:
-    """Predicted beside measured, a line each, for the end of a run; says so when the plan was off."""
+def compare(plan: RunPlan, measured: Mapping[str, float]) -> list[str]:
+    """Predicted beside measured, a line each, for the end of training; says so when the plan was off.
+
+    Args:
+        measured: of `peak_allocated` (bytes on a GPU), `peak_host` (bytes of RAM, looked at where there is
+            no GPU) and `tokens_per_second` (of the median step) what is known.
+    """
     lines = []
-    predicted = max(phase.allocated for phase in plan.phases)
-    if peak_allocated:
-        lines.append(
-            _beside("peak memory", predicted / GIB, peak_allocated / GIB, "GiB allocated", plan.margin)
-        )
-    if tokens_per_second and plan.tokens_per_second:
-        lines.append(_beside("speed", plan.tokens_per_second, tokens_per_second, "tokens/s", 0.20))
+    if "peak_allocated" in measured:
+        what = f"{measured['peak_allocated'] / GIB:.2f} GiB allocated, {plan.training_peak / GIB:.2f}"
+        lines.append(_beside("memory", what, plan.training_peak, measured["peak_allocated"], plan.margin))
+    elif "peak_host" in measured and plan.hardware.device == "cpu":
+        predicted = plan.training_peak + memory.CONTEXT["cpu"] + plan.host["data"]
+        near = abs(predicted - measured["peak_host"]) < HOST_ROUNDING
+        what = f"{measured['peak_host'] / GIB:.2f} GiB of RAM, {predicted / GIB:.2f}"
+        margin = math.inf if near else HOST_MARGIN
+        lines.append(_beside("memory", what, predicted, measured["peak_host"], margin))
+    if "tokens_per_second" in measured and plan.tokens_per_second:
+        speed = measured["tokens_per_second"]
+        what = f"{speed:,.0f} tokens/s in the median step, {plan.tokens_per_second:,.0f}"
+        margin = TIME_MARGIN if plan.hardware.device == "cuda" else math.inf  # others share a CPU
+        lines.append(_beside("speed", what, plan.tokens_per_second, speed, margin))
     return lines
 
 
-def _beside(what: str, predicted: float, measured: float, unit: str, margin: float) -> str:
+def _beside(label: str, what: str, predicted: float, measured: float, margin: float) -> str:
     error = predicted / measured - 1
-    verdict = f" - off by more than {margin:.0%}" if abs(error) > margin else ""
-    return f"{what}: predicted {predicted:,.4g}, measured {measured:,.4g} {unit} ({error:+.1%}){verdict}"
+    verdict = f" - the plan is off by more than {margin:.0%}" if abs(error) > margin else ""
+    return f"{label:<8} {what} planned ({error:+.1%}){verdict}"
 
 
 def _host(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from qlora_trainer.__main__ import main
 from qlora_trainer.commands import plan as command
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.plan import memory
 from tests import tiny
 from tests.plan.sizes import LLAMA3_8B
 
@@ -25,6 +27,16 @@ def config(tmp_path) -> RunConfig:
     made.model.model_name_or_path = str(folder)
     made.plan.gpu = "RTX 4090"
     return made
+
+
+@pytest.fixture
+def line(tmp_path) -> list[str]:
+    tiny.save(tmp_path / "model")
+    rows = [{"instruction": f"say {i}", "output": f"it is {i}!"} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = ["recipe=tiny", f"model.model_name_or_path={tmp_path / 'model'}", f"output_dir={tmp_path / 'run'}"]
+    line += [f"data.path={tmp_path / 'rows.jsonl'}", f"data.cache_dir={tmp_path / 'cache'}"]
+    return [*line, "train.max_steps=6"]
 
 
 def test_plan_needs_only_a_config_json(config: RunConfig, capsys) -> None:
@@ -57,12 +69,7 @@ def test_importing_the_plan_is_light() -> None:
     assert found.stdout.strip() == "False"
 
 
-def test_planning_and_looking_first_does_not_stand_in_the_way_of_training(tmp_path, capsys) -> None:
-    tiny.save(tmp_path / "model")
-    rows = [{"instruction": f"say {i}", "output": f"it is {i}!"} for i in range(40)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    line = ["recipe=tiny", f"model.model_name_or_path={tmp_path / 'model'}", f"output_dir={tmp_path / 'run'}"]
-    line += [f"data.path={tmp_path / 'rows.jsonl'}", f"data.cache_dir={tmp_path / 'cache'}"]
+def test_planning_and_looking_first_does_not_stand_in_the_way_of_training(line, tmp_path, capsys) -> None:
     assert main(["plan", *line, "train.max_steps=-1"]) == 0
     assert "10 steps" in capsys.readouterr().out  # 40 rows, read because they are here
     assert main(["inspect", *line]) == 0
@@ -89,3 +96,20 @@ def test_a_model_that_nobody_knows_is_planned_with_a_wider_margin(config: RunCon
     assert "memory within 20%" in capsys.readouterr().out
     with open(f"{config.output_dir}/plan.json") as stream:
         assert json.load(stream)["margin"] == 0.2
+
+
+def test_a_run_ends_with_predicted_beside_measured(line: list[str], tmp_path) -> None:
+    command = [sys.executable, "-m", "qlora_trainer", *line]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    (memory,) = re.findall(r"^memory .*", done.stderr, re.MULTILINE)
+    assert "GiB of RAM" in memory and "planned" in memory and "off by" not in memory
+    assert re.search(r"^speed .* tokens/s in the median step", done.stderr, re.MULTILINE)
+    measured = json.loads((tmp_path / "run" / "plan.json").read_text())["measured"]
+    assert measured["peak_host"] > 200 << 20 and measured["tokens_per_second"] > 0
+
+
+def test_a_wrong_plan_is_called_wrong(line: list[str], monkeypatch, capsys) -> None:
+    monkeypatch.setitem(memory.CONTEXT, "cpu", 12 << 30)  # planted: no process is as large
+    assert main(line) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the plan is off by more than 20%" in said
