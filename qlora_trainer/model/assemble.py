@@ -3,10 +3,11 @@
 In: a source that `source.resolve` has found, and how to quantize. Out: the model on its device.
 
 transformers builds it, maps the checkpoint's names onto its own and quantizes; but the tensors it gets
-are `shards`' own, read one at a time when it comes to them. So beyond the model itself loading takes
-16 MiB of the host's memory for a GPU, and on a CPU what bitsandbytes takes to quantize one tensor
-(about 16 bytes an element). Left alone, transformers maps the files: on a CPU, a 0.8 GB checkpoint in
-eight shards peaked 1.1 to 1.3 GB over its start where this peaks 0.3, 0.2 of it the model.
+are `shards`' own, read one at a time when it comes to them. So beyond the model itself loading takes,
+for a GPU, 16 MiB of the host's memory for each of transformers' reading threads (one while it
+quantizes), and on a CPU what bitsandbytes takes to quantize one tensor (about 16 bytes an element).
+Left alone, transformers maps the files: on a CPU, a 0.8 GB checkpoint in nine shards peaked 1.1 to
+1.3 GB over its start where this peaks 0.3, 0.2 of it the model.
 """
 
 from __future__ import annotations

@@ -100,13 +100,15 @@ class ShardReader:
                 if device.type == "cpu":
                     self._fill(raw, file, name)
                 else:
-                    staging = _staging()
-                    for part in raw.split(_STAGING):
-                        self._fill(staging[: len(part)], file, name)
-                        part.copy_(staging[: len(part)])  # waits: the next part takes the same place
+                    self._fill_through(_staging(), raw, file, name)
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror or error}") from error
         return tensor
+
+    def _fill_through(self, staging: Tensor, raw: Tensor, file: IO[bytes], name: str) -> None:
+        for part in raw.split(len(staging)):
+            self._fill(staging[: len(part)], file, name)
+            part.copy_(staging[: len(part)])  # waits for the device: the next part takes the same place
 
     def _fill(self, raw: Tensor, file: IO[bytes], name: str) -> None:
         view, got = raw.numpy().data, 0

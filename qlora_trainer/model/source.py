@@ -125,6 +125,7 @@ def _hub_file(name: str, filename: str, revision: str | None) -> str:
 @contextmanager
 def _hub_errors(name: str, revision: str | None, filename: str) -> Iterator[None]:
     """Turns what the hub says into one line and exit 66."""
+    from httpx import HTTPError
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -155,7 +156,7 @@ def _hub_errors(name: str, revision: str | None, filename: str) -> Iterator[None
         ) from error
     except EntryNotFoundError as error:
         raise MissingInputError(f"{where} on the hub is not a model (no {filename})") from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, HTTPError, OSError) as error:  # HTTPError: a connection that broke
         raise MissingInputError(
             f"{where}: the hub cannot be reached ({type(error).__name__}): "
             "try again, or set model.model_name_or_path=/a/folder"

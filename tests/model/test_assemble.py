@@ -121,6 +121,27 @@ def test_a_stored_quantized_checkpoint_keeps_its_bits(tmp_path: Path, method: st
     assert not said
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["nf4 twice", "fp4", "int8", "none"])
+def test_a_gpu_gets_the_same_bits_and_never_the_16_bit_model(shards: Path, method: str) -> None:
+    device, quantization = torch.device("cuda", 0), QUANTIZATIONS[method]
+    torch.cuda.reset_peak_memory_stats()
+    found = assemble(
+        str(shards),
+        AutoConfig.from_pretrained(shards),
+        device,
+        dtype=torch.bfloat16,
+        quantization=quantization,
+    )
+    beyond = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+    assert beyond < max(path.stat().st_size for path in shards.glob("*.safetensors"))
+    assert all(p.device == device for p in found.parameters())
+    expected = AutoModelForCausalLM.from_pretrained(
+        shards, dtype=torch.bfloat16, quantization_config=quantization, device_map={"": device}
+    )
+    assert_same(found, expected)
+
+
 MEASURE = """
 import sys, torch, transformers.models.llama.modeling_llama
 from qlora_trainer.model.load import DTYPES, BaseOptions, load_base

@@ -40,6 +40,17 @@ def test_every_dtype_and_shape_comes_back_as_it_was(tmp_path: Path, device: str)
         assert torch.equal(found.cpu().view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8))
 
 
+def test_a_file_passes_through_a_small_buffer_whole(tmp_path: Path) -> None:
+    """As on its way to a GPU."""
+    tensor = torch.arange(100)
+    save_file({"before": torch.ones(3), "a": tensor}, tmp_path / "a.safetensors")
+    reader, found = ShardReader(tmp_path / "a.safetensors"), torch.zeros_like(tensor)
+    with reader.path.open("rb", buffering=0) as file:
+        file.seek(reader.slots["a"].start)
+        reader._fill_through(torch.empty(7, dtype=torch.uint8), found.view(torch.uint8), file, "a")
+    assert torch.equal(found, tensor)
+
+
 def entry(dtype: str = "F32", shape: object = (2,), offsets: object = (0, 8)) -> dict:
     return {"a": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
 
