@@ -180,7 +180,10 @@ def verify(
             trained = probe("base", "plain", Path(yardstick.base))
         else:
             trained, base = probe("trained model", "trained", tuned), probe("base alone", "base", tuned)
-        found: list[Verdict] = []
+        verdicts = [Verdict("trained model" if base else "base", trained | {"kl": 0.0, "top1": 1.0})]
+        if base is not None:
+            verdicts.append(Verdict("base alone", base))
+        first = tuple(verdicts)
         for name, folder in exports.items():
             recipe = json.loads((folder / "export.json").read_text(encoding="utf-8"))
             kind = _kind_of(recipe)
@@ -192,13 +195,9 @@ def verify(
                 failures = judge(measured, trained, base, bound, share, len(sample.questions))
             except CheckpointError as error:
                 failures = (str(error).removeprefix(f"{name} "),)
-            found.append(Verdict(name, measured, failures))
-    first = [Verdict("trained model" if base else "base", trained | {"kl": 0.0, "top1": 1.0})]
-    if base is not None:
-        first.append(Verdict("base alone", base))
-    for verdict in found:
-        _write(exports[verdict.name], [*first, verdict], sample)
-    return [*first, *found]
+            verdicts.append(Verdict(name, measured, failures))
+            _write(folder, [*first, verdicts[-1]], sample)
+    return verdicts
 
 
 def judge(

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import peft
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from qlora_trainer.export.adapter import TrainedOn, export_adapter
 from qlora_trainer.model.load import BaseOptions, load_base
@@ -61,6 +67,17 @@ def store(plain: Path, folder: Path, method: str) -> Path:
     model.save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     return folder
+
+
+def load_gguf(folder: Path) -> PreTrainedModel:
+    """The one GGUF file of a folder in float32, by plain transformers."""
+    (file,) = folder.glob("*.gguf")
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file=file.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    ).eval()
 
 
 def stir(model: peft.PeftModel, scale: float) -> None:

@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_trainer.errors import CheckpointError, ConfigError
 from qlora_trainer.export.formats import Exporter, ExportOptions
@@ -49,12 +49,7 @@ def test_bitsandbytes_checkpoints_load_as_they_are(run, kind, bound, share):
 def test_gguf_holds_the_same_model_the_vocabulary_and_the_template(tmp_path, architecture):
     run = runs.make(tmp_path, architecture)
     folder = exporter(run, gguf_type="f16").export("gguf")
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        gguf_file="model-f16.gguf",
-        dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),
-    ).eval()
+    model = runs.load_gguf(folder)
     assert kl(run, model) < 1e-4
     fields = gguf.GGUFReader(folder / "model-f16.gguf").fields
     assert fields["tokenizer.chat_template"].contents() == tiny.CHATML

@@ -12,7 +12,6 @@ import psutil
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Q
-from transformers import AutoModelForCausalLM, GgufConfig
 
 from qlora_trainer.errors import CheckpointError, ConfigError
 from qlora_trainer.export.kquants import KQuantizer, tensor_type
@@ -54,12 +53,7 @@ def test_a_q4_k_m_file_holds_the_model_that_was_trained(tmp_path):
     assert tensors["blk.0.attn_q.weight"] == Q.Q4_K and tensors["blk.1.attn_v.weight"] == Q.Q6_K
     assert tensors["blk.0.ffn_down.weight"] == Q.Q5_0 and tensors["token_embd.weight"] == Q.Q6_K
     assert tensors["blk.0.attn_norm.weight"] == Q.F32
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        gguf_file="model-q4_k_m.gguf",
-        dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),
-    ).eval()
+    model = runs.load_gguf(folder)
     with torch.no_grad(), run.model.disable_adapter():
         untuned = run.model(IDS).logits
     trained = logits(run.model)
