@@ -119,9 +119,8 @@ def _check_loaded(
     what = f"model.model_name_or_path: the weights in {source} are not those of its config.json"
     missing = sorted(found["missing_keys"])
     if missing:
-        raise MissingInputError(
-            f"{what}: {len(missing)} tensors are missing, such as {missing[0]}; copy the folder again"
-        )
+        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise MissingInputError(f"{what}: {missing[0]} is missing{more}; copy the folder again")
     expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     shapes = {name: tuple(shape) for name, shape, _ in found["mismatched_keys"]}
     for name, module in model.named_modules():

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qlora_trainer.__main__ import main
 from qlora_trainer.checkpoint import disk
 from qlora_trainer.errors import MissingInputError
 from qlora_trainer.model import cache, load
@@ -191,6 +192,7 @@ def test_two_processes_at_once_both_load_and_one_keeps(kept: Path, options: Base
     program = (
         "import sys, torch\n"
         "from qlora_trainer.model.load import BaseOptions, load_base\n"
+        "print('ready', flush=True)\n"
         "sys.stdin.readline()\n"
         "model = load_base(BaseOptions(sys.argv[1], cache_quantized=True), torch.device('cpu'))\n"
         "print(model(input_ids=torch.tensor([[3, 4, 5]])).logits.sum().item())\n"
@@ -205,11 +207,37 @@ def test_two_processes_at_once_both_load_and_one_keeps(kept: Path, options: Base
         )
         for _ in range(2)
     ]
-    answers = [process.communicate("go\n", timeout=300) for process in processes]
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    answers = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], answers
     assert answers[0][0] == answers[1][0] and not any("not kept" in said for _, said in answers)
     (entry,) = kept.iterdir()
     assert sorted(path.name for path in entry.iterdir()) == [".lock", "model"]
+
+
+def test_a_run_that_began_without_goes_on_with_it_and_ends_with_the_same_bytes(
+    kept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny.save(tmp_path / "model")
+    rows = [{"instruction": f"say {i}", "output": f"it is {i}!"} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = ["recipe=tiny", f"model.model_name_or_path={folder}", f"data.path={tmp_path / 'rows.jsonl'}"]
+    for output, *more in [
+        ("whole",),
+        ("parts", "train.max_steps=2"),
+        ("parts", "model.cache_quantized=true", "train.max_steps=3"),
+        ("parts", "model.cache_quantized=true"),
+    ]:
+        assert main([*line, f"output_dir={tmp_path / output}", *more]) == 0
+    said = capsys.readouterr().err
+    assert "is kept in" in said and "read from" in said and "nothing read it" not in said
+    whole, parts = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
 
 
 def test_nothing_to_keep_is_said(kept: Path, options: BaseOptions) -> None:
