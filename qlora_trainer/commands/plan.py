@@ -108,7 +108,8 @@ def remedies(config: RunConfig, data: DataFacts | None = None, world_size: int =
     """Overrides with which `config` needs less than planned, the mildest first: for a plan that was wrong."""
     hardware_here, shape = machine(config), shape_of(config)
     asked = settings.from_config(config, hardware_here, shape, data, world_size)
-    found = cheapest(shape, decide(shape, asked, hardware_here).settings, hardware_here)
+    settled_now = {"model.offload": decide(shape, asked, hardware_here).settings.offload}
+    found = cheapest(with_values(config, settled_now), hardware_here, shape, data, world_size)
     return [f"{change.overrides} (peak {change.peak / 2**30:.1f} GiB)" for change in found]
 
 

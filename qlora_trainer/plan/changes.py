@@ -1,20 +1,27 @@
 """What to set instead when a run does not fit: the three cheapest changes, each with its new peak.
 
-In: shape, settings, hardware. Out: `Change`s. Each is planned anew.
+In: the configuration, the machine, the shape, the data. Out: `Change`s; each is the plan of the changed
+configuration, so what a change entails (another path, other policies) is in its peak.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from qlora_trainer.plan.decide import decide
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.config.watch import with_values
+from qlora_trainer.plan import settings as settings_module
+from qlora_trainer.plan.decide import Decision, decide
 from qlora_trainer.plan.hardware import Hardware
-from qlora_trainer.plan.settings import Settings
+from qlora_trainer.plan.memory import CONTEXT
+from qlora_trainer.plan.settings import DataFacts, Settings
 from qlora_trainer.plan.shapes import ModelShape
 
 SHORTEST = 128  # tokens: no shorter documents are proposed
+ROUNDS = 5  # changes that are proposed together at most
+Values = dict[str, Any]  # key -> value
 
 
 @dataclass(frozen=True)
@@ -27,98 +34,118 @@ class Change:
     fits: bool
 
 
+@dataclass(frozen=True)
+class _Tried:
+    """Several changes, with what was decided for all of them together."""
+
+    values: Values
+    consequences: tuple[str, ...]
+    found: Decision
+
+    def change(self) -> Change:
+        overrides = " ".join(f"{key}={_text(value)}" for key, value in self.values.items())
+        consequences = dict.fromkeys(self.consequences)
+        return Change(overrides, "; ".join(consequences), self.found.peak, self.found.fits)
+
+
 def cheapest(
-    shape: ModelShape, settings: Settings, hardware: Hardware, number: int = 3
+    config: RunConfig,
+    hardware: Hardware,
+    shape: ModelShape,
+    data: DataFacts | None = None,
+    world_size: int = 1,
+    rows: int | None = None,
+    number: int = 3,
 ) -> tuple[Change, ...]:
     """First what fits, in the order of what it costs the result; then what comes nearest.
 
     Where no single change is enough, the first is several together.
     """
-    now = decide(shape, settings, hardware).peak
-    kinds: dict[str, list[tuple[Change, dict[str, Any]]]] = {}
-    for overrides, consequence, fields in _candidates(settings):
-        found = decide(shape, replace(settings, **fields), hardware)
-        if found.peak < 0.99 * now:
-            change = Change(overrides, consequence, found.peak, found.fits)
-            kinds.setdefault(overrides.split("=")[0], []).append((change, fields))
-    # Of one kind the mildest that fits, else the one that comes nearest.
-    best = [
-        next((entry for entry in entries if entry[0].fits), min(entries, key=lambda entry: entry[0].peak))
-        for entries in kinds.values()
+
+    def plan(values: Values) -> Decision:
+        changed = with_values(config, values)
+        asked = settings_module.from_config(changed, hardware, shape, data, world_size, rows)
+        return decide(shape, asked, hardware)
+
+    best = _best(_Tried({}, (), plan({})), plan)
+    fitting = [tried for tried in best if tried.found.fits]
+    nearest = sorted((tried for tried in best if not tried.found.fits), key=lambda tried: tried.found.peak)
+    if not fitting and nearest:
+        fitting = _together(nearest[0], plan)
+    return tuple(tried.change() for tried in (fitting + nearest)[:number])
+
+
+def _together(start: _Tried, plan: Callable[[Values], Decision]) -> list[_Tried]:
+    """`start` and what helps most after it, and so on until it fits; none if it never does."""
+    for _ in range(ROUNDS - 1):
+        best = _best(start, plan)
+        if fitting := [tried for tried in best if tried.found.fits]:
+            return fitting[:1]
+        if not best:
+            return []
+        start = min(best, key=lambda tried: tried.found.peak)
+    return []
+
+
+def _best(start: _Tried, plan: Callable[[Values], Decision]) -> list[_Tried]:
+    """What helps `start`, by what it costs; of one kind the mildest that fits, else what comes nearest."""
+    kinds: dict[str, list[_Tried]] = {}
+    always = CONTEXT[start.found.settings.device]
+    for values, consequence in _candidates(start.found.settings):
+        found = plan(start.values | values)
+        if found.peak - always < 0.99 * (start.found.peak - always):
+            tried = _Tried(start.values | values, (*start.consequences, consequence), found)
+            kinds.setdefault(next(iter(values)), []).append(tried)
+    return [
+        next((tried for tried in kind if tried.found.fits), min(kind, key=lambda tried: tried.found.peak))
+        for kind in kinds.values()
     ]
-    fitting = [change for change, _ in best if change.fits]
-    nearest = sorted((entry for entry in best if not entry[0].fits), key=lambda entry: entry[0].peak)
-    if not fitting and (both := _together(shape, settings, hardware, nearest)):
-        fitting = [both]
-    return tuple((fitting + [change for change, _ in nearest])[:number])
 
 
-def _together(
-    shape: ModelShape,
-    settings: Settings,
-    hardware: Hardware,
-    helpful: Sequence[tuple[Change, dict[str, Any]]],
-) -> Change | None:
-    """Changes of which none is enough alone, as many of them as it takes; None if all are not enough."""
-    taken: list[Change] = []
-    for change, fields in helpful:
-        settings = replace(settings, **fields)
-        taken.append(change)
-        found = decide(shape, settings, hardware)
-        if found.fits:
-            consequences = dict.fromkeys(change.consequence for change in taken)
-            overrides = " ".join(change.overrides for change in taken)
-            return Change(overrides, "; ".join(consequences), found.peak, True)
-    return None
-
-
-def _candidates(settings: Settings) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Overrides, consequence and changed fields; first what gives the same result, only later."""
+def _candidates(settings: Settings) -> Iterator[tuple[Values, str]]:
+    """Keys to set and the consequence; first what gives the same result, only later."""
     rows = settings.evaluation_rows
     while rows > 1:
         rows //= 2
-        yield f"evaluate.batch_size={rows}", "same result", {"evaluation_rows": rows}
+        yield {"evaluate.batch_size": rows}, "same result"
     rows = settings.rows
     while rows > 1:
         rows //= 2
         accumulation = settings.accumulation * settings.rows // rows
         yield (
-            f"train.per_device_train_batch_size={rows} train.gradient_accumulation_steps={accumulation}",
+            {"train.per_device_train_batch_size": rows, "train.gradient_accumulation_steps": accumulation},
             "same result",
-            {"rows": rows, "accumulation": accumulation},
         )
     if settings.activations != "auto":
-        yield "train.activations=auto", "same result, slower", {"activations": "auto"}
+        yield {"train.activations": "auto"}, "same result, slower"
     compared = ", not compared with the base at the end" if settings.evaluation_rows else ""
     if settings.offload == "none" and settings.fast and settings.device == "cuda":
-        yield "model.offload=embeddings", f"same result{compared}", {"offload": "embeddings"}
+        yield {"model.offload": "embeddings"}, f"same result{compared}"
     if settings.fp8:
-        yield "train.base_gemm=bf16", "closer to float32, slower", {"fp8": False}
+        yield {"train.base_gemm": "bf16"}, "closer to float32, slower"
     if settings.offload in ("none", "embeddings") and settings.streamable:
-        yield "model.offload=layers", f"same result, slower{compared}", {"offload": "layers"}
+        yield {"model.offload": "layers"}, f"same result, slower{compared}"
     if settings.reference_because == "model.kernels=reference":
-        yield "model.kernels=auto", "same result to rounding, faster", {"reference_because": None}
+        yield {"model.kernels": "auto"}, "same result to rounding, faster"
     if (settings.reference_because or "").startswith("lora.lora_dropout"):
-        yield "lora.lora_dropout=0", "no dropout, faster", {"reference_because": None}
+        yield {"lora.lora_dropout": 0}, "no dropout, faster"
     if settings.device == "cuda" and not settings.paged:
-        bits = settings.state_bits
-        yield f"optim.name=paged_adamw_{bits}bit", "same result", {"paged": True, "managed": False}
+        yield {"optim.name": f"paged_adamw_{settings.state_bits}bit"}, "same result"
     if settings.paged and settings.optimizer_resident:
-        yield "optim.resident_gib=0", "same result, slower", {"optimizer_resident": 0}
+        yield {"optim.resident_gib": 0}, "same result, slower"
     if settings.method in ("nf4", "fp4") and not settings.double_quant:
-        yield (
-            "quantization.bnb_4bit_use_double_quant=true",
-            "scales in 8 bits",
-            {"double_quant": True},
-        )
+        yield {"quantization.bnb_4bit_use_double_quant": True}, "scales in 8 bits"
     if settings.method in ("none", "int8"):
-        yield "quantization.method=nf4", "4-bit base", {"method": "nf4", "double_quant": True}
+        yield {"quantization.method": "nf4"}, "4-bit base"
     if settings.device == "cuda" and settings.state_bits == 32 and not settings.paged:
-        yield "optim.name=adamw_8bit", "moments in 8 bits", {"state_bits": 8, "managed": False}
+        yield {"optim.name": "adamw_8bit"}, "moments in 8 bits"
     for divisor in (2, 4, 8):
         if (length := settings.length // divisor) >= SHORTEST:
-            shorter = {"length": length, "mean_length": min(settings.mean_length, length)}
-            yield f"train.max_length={length}", "longer documents are cut", shorter
+            yield {"train.max_length": length}, "longer documents are cut"
     for divisor in (2, 4, 8):
         if (r := settings.r // divisor) >= 4:
-            yield f"lora.r={r}", "smaller adapter", {"r": r}
+            yield {"lora.r": r}, "smaller adapter"
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

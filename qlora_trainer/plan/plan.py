@@ -175,7 +175,7 @@ def make_plan(
         margin=MARGIN if shape.exact else WIDE_MARGIN,
         budget=found.room,
         fits=found.fits and enough,
-        changes=() if found.fits else cheapest(shape, asked, hardware),
+        changes=() if found.fits else cheapest(config, hardware, shape, data, world_size, rows),
         notes=_notes(shape, settings, hardware, data, auto),
     )
 

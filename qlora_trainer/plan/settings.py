@@ -124,7 +124,6 @@ def from_config(
     rows, accumulation = _micro_batch(config, rows)
     name = config.optim.name
     reference_because = _why_reference(config, shape)
-    evaluates = config.evaluate.enabled and bool(config.data.eval_path or config.data.eval_fraction)
     resident = config.optim.resident_gib
     return Settings(
         device=hardware.device,
@@ -150,7 +149,7 @@ def from_config(
         managed=name.startswith("bnb_paged") and hardware.device == "cuda",
         optimizer_resident=int(resident * GIB) if resident is not None else None,
         offload=config.model.offload,
-        evaluation_rows=config.evaluate.batch_size if evaluates else 0,
+        evaluation_rows=_held_out_rows(config),
         new_tokens=config.evaluate.max_new_tokens if config.evaluate.task != "none" else 0,
         merges=any(name not in ("adapter", "gguf_adapter") for name in config.export.format),
         checkpoints_kept=config.checkpoint.save_total_limit,
@@ -168,6 +167,14 @@ def _why_reference(config: RunConfig, shape: ModelShape) -> str | None:
         f"lora.lora_dropout={lora.lora_dropout:g}": lora.lora_dropout > 0,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _held_out_rows(config: RunConfig) -> int:
+    """Held-out rows measured together; 0 if there are none."""
+    evaluate, data = config.evaluate, config.data
+    if not (evaluate.enabled and (data.eval_path or data.eval_fraction)):
+        return 0
+    return min(evaluate.batch_size, evaluate.max_rows or evaluate.batch_size)
 
 
 def _micro_batch(config: RunConfig, rows: int | None) -> tuple[int, int]:
