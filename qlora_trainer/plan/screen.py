@@ -70,7 +70,9 @@ def _facts(plan: RunPlan) -> Table:
 def _time(plan: RunPlan) -> str:
     said = [] if plan.steps is None else [f"{plan.steps:,} steps"]
     if plan.seconds_per_step is not None and plan.tokens_per_second is not None:
-        said.append(f"{duration(plan.seconds_per_step)} a step, {plan.tokens_per_second:,.0f} tokens/s")
+        digits = 0 if plan.tokens_per_second >= 10 else 1
+        speed = f"{plan.tokens_per_second:,.{digits}f}"
+        said.append(f"{duration(plan.seconds_per_step)} a step, {speed} tokens/s")
     if plan.seconds is not None:
         said.append(f"{duration(plan.seconds)} in all")
     if plan.steps is None:
