@@ -77,7 +77,9 @@ def load_model(run: Run, base: BaseOptions, plan: RunPlan) -> PeftModel:
     if streamed:
         offload_layers(adapted, model.model.layers, device)
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    double = " + double quantization" if base.double_quant else ""
+    # Of the model and not of the options: a checkpoint that comes quantized has its own.
+    stored = getattr(model.config, "quantization_config", None)
+    double = " + double quantization" if getattr(stored, "bnb_4bit_use_double_quant", False) else ""
     run.say(
         f"model    {base.name_or_path}  {base.method}{double}, "
         f"{str(base.dtype).removeprefix('torch.')} on {run.ranks.device}, "
