@@ -26,6 +26,7 @@ from qlora_trainer.export.delta import WEIGHTS, Updates, read_updates
 from qlora_trainer.export.fingerprint import base_fingerprint, sha256, size_on_disk
 from qlora_trainer.export.merge import Merge, Progress
 from qlora_trainer.export.quantize import METHODS, QuantizeOptions, quantize
+from qlora_trainer.export.shards import narrow
 from qlora_trainer.inference.load import read_json
 
 FORMATS = ("adapter", "merged", "gptq", "awq", "rtn", "int8", "nf4", "gguf")
@@ -262,8 +263,14 @@ class Exporter:
         )
         for path in (work / "quantized").iterdir():
             # The library rewrites tokenizer and generation config to its own taste; ours come later.
-            if path.suffix == ".safetensors" or path.name.endswith("config.json") or "index" in path.name:
+            if path.suffix == ".safetensors":
+                # On a CPU it works in float32; embeddings and norms would stay so, twice their size, and
+                # 4-bit kernels refuse a model whose config says float32.
+                narrow(path, work / path.name, self.merge.dtype)
+            elif path.name.endswith("config.json") or "index" in path.name:
                 path.rename(work / path.name)
+        config = read_json(work / "config.json")
+        write_json(work / "config.json", config | {"dtype": str(self.merge.dtype).removeprefix("torch.")})
         shutil.rmtree(work / "quantized")
         shutil.rmtree(passing, ignore_errors=True)
 

@@ -16,7 +16,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from qlora_trainer.model.shards import NAMES
+from qlora_trainer.model.shards import NAMES, ShardReader
 
 INDEX = "model.safetensors.index.json"
 
@@ -60,6 +60,18 @@ class ShardWriter:
         view, written = raw.data, 0
         while written < len(view):
             written += self._file.write(view[written:])
+
+
+def narrow(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """Copies a file, its float32 tensors as `dtype` and all others as they are."""
+    reader = ShardReader(source)
+    layout = {
+        name: (slot.shape, dtype if slot.dtype == torch.float32 else slot.dtype)
+        for name, slot in reader.slots.items()
+    }
+    with ShardWriter(target, layout) as writer:
+        for name, (_, wanted) in layout.items():
+            writer.write(name, reader.read(name).to(wanted))
 
 
 def write_index(folder: Path, files: Mapping[str, list[str]], total_bytes: int) -> None:

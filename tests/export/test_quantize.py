@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qlora_trainer.errors import CheckpointError
@@ -35,7 +36,7 @@ def test_quantized_exports_load_with_transformers_and_stay_near(tmp_path, kind, 
     layers: list[tuple[int, int]] = []
     exports = Exporter(
         source(run),
-        ExportOptions(group_size=32, **options),
+        ExportOptions(group_size=32, dtype=torch.bfloat16, **options),
         run.adapter.parent / "exports",
         runs.CPU,
         calibration,
@@ -43,7 +44,12 @@ def test_quantized_exports_load_with_transformers_and_stay_near(tmp_path, kind, 
     )
     exports.check([kind])
     folder = exports.export(kind)
-    stored = json.loads((folder / "config.json").read_text())["quantization_config"]
+    config = json.loads((folder / "config.json").read_text())
+    stored = config["quantization_config"]
+    assert config["dtype"] == "bfloat16"
+    kept = load_file(folder / "model.safetensors")
+    assert kept["model.embed_tokens.weight"].dtype == torch.bfloat16
+    assert torch.float32 not in {tensor.dtype for tensor in kept.values()}
     assert stored["quant_method"] == {"awq": "awq"}.get(kind, "gptq")
     assert stored["bits"] == options.get("bits", 4) and stored["group_size"] == 32
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == []
