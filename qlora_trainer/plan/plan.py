@@ -91,6 +91,13 @@ class RunPlan:
         return max(phase.allocated for phase in self.phases if phase.name not in ("comparison", "merge"))
 
     @property
+    def training_host(self) -> int:
+        """Bytes of RAM that this process takes at most until training ends."""
+        if self.hardware.device == "cpu":
+            return self.training_peak + memory.CONTEXT["cpu"] + self.host["data"]
+        return sum(self.host.values())
+
+    @property
     def pinned(self) -> int:
         """Bytes of host memory that the device reads and writes: they cannot be swapped out."""
         return sum(self.host[part] for part in PINNED)
@@ -115,7 +122,8 @@ class RunPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """plan.json."""
-        return dataclasses.asdict(self) | {"peak_allocated": self.training_peak}
+        peaks = {"peak_allocated": self.training_peak, "peak_host": self.training_host}
+        return dataclasses.asdict(self) | peaks
 
 
 def make_plan(
@@ -216,11 +224,10 @@ def compare(plan: RunPlan, measured: Mapping[str, float]) -> list[str]:
         what = f"{measured['peak_allocated'] / GIB:.2f} GiB allocated, {plan.training_peak / GIB:.2f}"
         lines.append(_beside("memory", what, plan.training_peak, measured["peak_allocated"], plan.margin))
     elif "peak_host" in measured and plan.hardware.device == "cpu":
-        predicted = plan.training_peak + memory.CONTEXT["cpu"] + plan.host["data"]
-        near = abs(predicted - measured["peak_host"]) < HOST_ROUNDING
-        what = f"{measured['peak_host'] / GIB:.2f} GiB of RAM, {predicted / GIB:.2f}"
+        near = abs(plan.training_host - measured["peak_host"]) < HOST_ROUNDING
+        what = f"{measured['peak_host'] / GIB:.2f} GiB of RAM, {plan.training_host / GIB:.2f}"
         margin = math.inf if near else HOST_MARGIN
-        lines.append(_beside("memory", what, predicted, measured["peak_host"], margin))
+        lines.append(_beside("memory", what, plan.training_host, measured["peak_host"], margin))
     if "tokens_per_second" in measured and plan.tokens_per_second:
         speed = measured["tokens_per_second"]
         what = f"{speed:,.0f} tokens/s in the median step, {plan.tokens_per_second:,.0f}"

@@ -62,8 +62,8 @@ def _peaks(files: RunFiles) -> Iterator[Row]:
     plan, measured = files.plan, last_measured(files)
     if "peak_allocated" in measured and plan.get("peak_allocated"):
         yield _sizes("GPU memory, peak", plan["peak_allocated"], measured["peak_allocated"], plan["margin"])
-    if "peak_host" in measured and plan.get("host"):
-        yield _sizes("RAM, peak", sum(plan["host"].values()), measured["peak_host"], MARGIN)
+    if "peak_host" in measured and plan.get("peak_host"):
+        yield _sizes("RAM, peak", plan["peak_host"], measured["peak_host"], MARGIN)
 
 
 def _sizes(label: str, ahead: float, seen: float, margin: float) -> Row:

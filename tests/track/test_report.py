@@ -68,6 +68,7 @@ def documents() -> dict[str, Any]:
             "trainable": 2e6,
             "phases": [{"name": "load", "parts": PARTS}, {"name": "step", "parts": PARTS}],
             "host": {"process": 1 << 30},
+            "peak_host": 1 << 30,
             "seconds_per_step": 2.0,
             "tokens_per_second": 100.0,
             "steps": 4,
