@@ -4,24 +4,37 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rich.console import Console
+
+from qlora_trainer.checkpoint.disk import atomic_write, to_json
 from qlora_trainer.commands import report, wiring
 from qlora_trainer.commands.comparison import compare
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import DataError
+from qlora_trainer.evaluate.harness import FILE, Harness, table
 from qlora_trainer.inference.load import find_adapter, load
 from qlora_trainer.model.forward import ReferenceForward
 
 
 def run(config: RunConfig) -> None:
-    """Prints the comparison and writes it to evaluation.json in the run's folder."""
+    """Prints the comparison and writes it to evaluation.json (and lm_eval.json) in the run's folder."""
     folder = run_folder(config)
     find_adapter(folder)  # before anything heavy
+    wanted = config.evaluate
+    harness = Harness(wanted.lm_eval_tasks, wanted.lm_eval_path) if wanted.lm_eval_tasks else None
     loaded = load(folder, device=config.model.device, cache_quantized=config.model.cache_quantized)
     held_out = wiring.load_held_out(config, loaded.tokenizer)
-    if not held_out:
+    if held_out:
+        forward = ReferenceForward(loaded.model)
+        compare(config, folder, loaded.model, forward, loaded.tokenizer, loaded.stop_ids, held_out)
+    elif harness is None:
         raise DataError(f"{folder}: nothing is held out; set data.eval_path=FILE or data.eval_fraction=0.1")
-    forward = ReferenceForward(loaded.model)
-    compare(config, folder, loaded.model, forward, loaded.tokenizer, loaded.stop_ids, held_out)
+    if harness is not None:
+        found = harness.measure(
+            loaded.model, loaded.tokenizer, batch_size=wanted.batch_size, max_rows=wanted.max_rows
+        )
+        Console().print(table(found))
+        atomic_write(folder / FILE, to_json(found))
     report.refresh(folder)
 
 

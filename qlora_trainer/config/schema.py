@@ -125,6 +125,8 @@ class EvaluateConfig:
     max_new_tokens: int = 128
     batch_size: int = 8  # rows measured, and questions answered, together
     examples: int = 5
+    lm_eval_tasks: list[str] = field(default_factory=list)  # of lm-evaluation-harness, for `evaluate`
+    lm_eval_path: Optional[str] = None  # a folder of further tasks, as its YAML
 
 
 @dataclass

@@ -18,6 +18,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # On AVX512-BF16 CPUs bitsandbytes says at import that a kernel it may fetch from the hub is not there.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of being given a model, not a name
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else it warns when data workers fork
     if not sys.stderr.isatty():

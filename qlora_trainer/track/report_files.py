@@ -45,6 +45,7 @@ class RunFiles:
     plan: dict[str, Any]
     status: dict[str, Any]
     evaluation: dict[str, Any]
+    lm_eval: dict[str, Any]
     series: Series
     checkpoints: list[Saved]
     adapter: Saved | None
@@ -64,6 +65,7 @@ def read_run(folder: Path) -> RunFiles:
         plan=reader.document("plan.json"),
         status=reader.document("status.json"),
         evaluation=reader.document("evaluation.json"),
+        lm_eval=reader.document("lm_eval.json"),
         series=reader.metrics("metrics.jsonl"),
         checkpoints=reader.saved(path.with_name("state.json") for path in checkpoints),
         adapter=next(iter(reader.saved([adapter] if adapter.exists() else [])), None),

@@ -19,7 +19,7 @@ CHECKPOINTS = 100
 
 def evaluation(files: RunFiles) -> Section | None:
     """Base beside tuned on each held-out source, and the answers that evaluation.json has."""
-    if not files.evaluation:
+    if not files.evaluation and not files.lm_eval:
         return None
     blocks: list[Table] = []
     for source, scores in files.evaluation.items():
@@ -47,6 +47,16 @@ def evaluation(files: RunFiles) -> Section | None:
             blocks.append(
                 Table(("prompt", "reference", "base", "tuned"), shown, notes=left_out, kind="examples")
             )
+    rows = [
+        [
+            clip(f"{task} {metric}"),
+            *(Cell(form(values[side], "{:.4f}"), "strong" * (side == "tuned")) for side in ("base", "tuned")),
+        ]
+        for task, found in files.lm_eval.items()
+        for metric, values in found["metrics"].items()
+    ]
+    if rows:
+        blocks.append(Table(("", "base", "tuned"), rows, caption="lm-evaluation-harness"))
     return Section("Evaluation", blocks)
 
 

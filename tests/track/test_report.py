@@ -130,6 +130,7 @@ def documents() -> dict[str, Any]:
                 ],
             }
         },
+        "lm_eval.json": {"arc_easy": {"rows": 9, "metrics": {"acc": {"base": 0.3125, "tuned": 0.4375}}}},
         "metrics.jsonl": [step(1, 3.5), step(2, 3.0), step(3), step(4, 1.25), {"step": 4, "eval_loss": 1.5}],
         "exports/merged/export.json": {"format": "merged"},
         "exports/merged/verify.json": {
@@ -222,6 +223,7 @@ def test_the_page_says_what_the_files_say(tmp_path):
         "rows.jsonl training, alpaca 1,200 17 1,183 200,000 25% 512",
         "no answer text dropped rows.jsonl 17",
         "What is 2+2? 4 five 4",
+        "arc_easy acc 0.3125 0.4375",
         "base alone 3.2500",
         "merged passed 0.0004 0.01 100.0% 1.500 273",
         "nf4: the tuning is lost",
@@ -259,6 +261,7 @@ def test_nothing_in_the_files_can_break_out(tmp_path):
     calm = Page(write(tmp_path / "calm", documents()))
     files = {name: poisoned(content) for name, content in documents().items()}
     files["evaluation.json"][HOSTILE] = files["evaluation.json"].pop("held.jsonl")
+    files["lm_eval.json"] = {HOSTILE: documents()["lm_eval.json"]["arc_easy"]}
     page = Page(write(tmp_path / f"run-{HOSTILE}".replace("/", "|"), files))
     assert "not as this version writes it" not in page.text, "a section gave up instead of escaping"
     assert page.tags["script"] == calm.tags["script"] == 3 and not page.tags["img"]
