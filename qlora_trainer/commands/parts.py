@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 import shlex
 import statistics
 import sys
@@ -192,7 +191,9 @@ def facts_of_data(data: TokenizedData, held_out: list[TokenizedData]) -> list[di
 
 def memory_used(device: torch.device) -> dict[str, int]:
     """Peaks of this process so far, in bytes: of its RAM, and of what it allocated on a GPU."""
-    peaks = {"peak_host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}  # Linux counts KiB
+    # Not getrusage: its peak begins at what the parent held when it forked, and a launcher holds torch.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    peaks = {"peak_host": int(status["VmHWM"].split()[0]) * 1024}  # "123 kB"
     if device.type == "cuda":
         peaks["peak_allocated"] = torch.cuda.max_memory_allocated(device)
     return peaks
