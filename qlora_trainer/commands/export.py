@@ -1,4 +1,4 @@
-"""A finished run, or any PEFT adapter, as the files others read; each is reloaded and measured."""
+"""Export a finished run, or any PEFT adapter, as the files others read; each is reloaded and measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`plan`: what a run will need and take; neither a GPU nor weights are needed."""
+"""Say what a run will need and take; neither a GPU nor weights are needed."""
 
 from __future__ import annotations
 
