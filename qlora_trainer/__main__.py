@@ -66,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str]) -> int:
     verbose = bool({"-v", "--verbose"} & set(argv)) or os.environ.get("QLORA_TRACEBACK", "0") not in ("", "0")
     try:
-        return _run(_read(argv))
+        code = _run(_read(argv))
+        sys.stdout.flush()  # here, where a reader that has gone is caught, and not at the interpreter's end
+        return code
     except QLoRAError as error:
         # Every rank of a multi-process run finds the same fault in the configuration; one says it.
         if _rank() == 0 or not isinstance(error, ConfigError):
@@ -165,8 +167,6 @@ def _check_command(name: str) -> None:
     if name in there:
         return
     listed = ", ".join(there)
-    if name in commands.PLANNED:
-        raise ConfigError(f"{name}: this command is not there yet; there are {listed}")
     from qlora_trainer.config import recipes
 
     if name in recipes.available():

@@ -10,7 +10,7 @@ import ast
 import pkgutil
 from pathlib import Path
 
-PLANNED = ("train", "plan", "inspect", "evaluate", "chat", "export", "verify", "report", "bench", "recipes")
+ORDER = ("train", "plan", "inspect", "evaluate", "chat", "export", "verify", "report", "bench", "recipes")
 
 
 def available() -> dict[str, str]:
@@ -20,5 +20,5 @@ def available() -> dict[str, str]:
         tree = ast.parse((Path(__path__[0]) / f"{module.name}.py").read_text(encoding="utf-8"))
         if any(isinstance(node, ast.FunctionDef) and node.name == "run" for node in tree.body):
             found[module.name] = (ast.get_docstring(tree) or "").partition("\n")[0]
-    in_order = [name for name in PLANNED if name in found] + sorted(found.keys() - PLANNED)
+    in_order = [name for name in ORDER if name in found] + sorted(found.keys() - ORDER)
     return {name: found[name] for name in in_order}
