@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ REVISIONS = ("main", COMMIT, "v1")
 
 
 class Hub(ThreadingHTTPServer):
-    """`asked`: (method, path) of every request; `address`: for HF_ENDPOINT."""
+    """`asked`: (method, path) of every request."""
 
     daemon_threads = True
 
@@ -31,6 +32,17 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.root, self.reachable, self.asked = root, True, list[tuple[str, str]]()
         self.address = f"http://127.0.0.1:{self.server_port}"
+
+    def environment(self, caches: Path) -> dict[str, str]:
+        """For a process that asks this hub and keeps what it gets in `caches`."""
+        environment = os.environ | {
+            "HF_ENDPOINT": self.address,
+            "HF_HOME": str(caches / "hf"),
+            "XDG_CACHE_HOME": str(caches / "cache"),
+            "NO_PROXY": "127.0.0.1",
+        }
+        environment.pop("HF_HUB_OFFLINE", None)  # what every other test has
+        return environment
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -47,13 +46,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 def run(hub: Hub, folder: Path, *lines: list[str]) -> list[Ending]:
     """How each command line ended; `folder` holds the caches and is where they run."""
-    environment = os.environ | {
-        "HF_ENDPOINT": hub.address,
-        "HF_HOME": str(folder / "hf"),
-        "XDG_CACHE_HOME": str(folder / "cache"),
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    del environment["HF_HUB_OFFLINE"]
+    environment = hub.environment(folder) | {"PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", DRIVER, json.dumps(lines)]
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

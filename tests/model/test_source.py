@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -69,12 +68,8 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 def test_shards_of_the_hub_are_downloaded_once_and_then_need_no_network(hub: Hub, tmp_path: Path) -> None:
     def load(*names: str, offline: str = "0") -> tuple[list[str], str]:
-        environment = os.environ | {
-            "HF_ENDPOINT": hub.address,
-            "HF_HOME": str(tmp_path / "hf"),
-            "XDG_CACHE_HOME": str(tmp_path / "cache"),
-            "HF_HUB_OFFLINE": offline,  # as config/preflight.py sets it where the hub does not answer
-        }
+        # HF_HUB_OFFLINE as config/preflight.py sets it where the hub does not answer
+        environment = hub.environment(tmp_path) | {"HF_HUB_OFFLINE": offline}
         done = subprocess.run(
             [sys.executable, "-c", PROGRAM, *names], env=environment, capture_output=True, text=True
         )
