@@ -263,6 +263,11 @@ def _packages(config: RunConfig, command: str) -> Iterator[str]:
             config.quantization.method in ("gptq", "awq"),
             "pip install 'qlora_trainer[quantize]'",
         ),
+        "lm_eval": (
+            "evaluate.lm_eval_tasks",
+            command == "evaluate" and bool(config.evaluate.lm_eval_tasks),
+            "pip install 'qlora_trainer[eval]'",
+        ),
     }
     for package, (key, asked, remedy) in wanted.items():
         if asked and importlib.util.find_spec(package) is None:

@@ -6,7 +6,6 @@ Out: each task's metrics for both. The library renders, scores and aggregates; n
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
@@ -34,13 +33,11 @@ class Harness:
         folder: of further tasks as YAML, which the library's may include.
 
     Raises:
-        ConfigError: the library is not installed, or knows no such task.
+        ConfigError: the library knows no such task.
         MissingInputError: the folder is not there.
     """
 
     def __init__(self, tasks: Sequence[str], folder: str | None = None) -> None:
-        if importlib.util.find_spec("lm_eval") is None:
-            raise ConfigError("evaluate.lm_eval_tasks needs lm-eval: pip install 'qlora_trainer[eval]'")
         if folder is not None and not Path(folder).is_dir():
             raise MissingInputError(f"evaluate.lm_eval_path: no folder {folder}")
         from lm_eval.tasks import TaskManager

@@ -37,14 +37,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 GRACE = 10.0  # seconds an interruptible phase gets to let go
 ONE_REQUEST = 1.0  # seconds: a job's scheduler and its launcher both pass the same request on
 TICK = 1.0  # seconds between two writings of status.json by the loop
-SESSION = (
-    "started",
-    "updated",
-    "state",
-    "first_step",
-    "step",
-    "measured",
-)  # what is kept of an earlier start
+# What is kept of an earlier start.
+SESSION = ("started", "updated", "state", "first_step", "step", "measured")
 SESSIONS = 200  # the last ones: the file is written every second
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LAUNCHERS = ("ACCELERATE_", "TORCHELASTIC_")  # prefixes of the variables they set for their children

@@ -74,13 +74,15 @@ def test_dora_on_layers_without_it_is_refused() -> None:
         ({"quantization__method": "awq"}, "quantization.method"),
         ({"model__attn_implementation": "flash_attention_2"}, "model.attn_implementation"),
         ({"track__report_to": ["wandb"]}, "track.report_to"),
+        ({"evaluate__lm_eval_tasks": ["arc_easy"]}, "evaluate.lm_eval_tasks"),
     ],
 )
 def test_a_package_that_is_not_installed_is_named_with_its_remedy(
     change: dict[str, object], key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    (line,) = checks.values(configured(**change))
+    command = "evaluate" if key.startswith("evaluate.") else "train"
+    (line,) = checks.values(configured(**change), command)
     assert line.startswith(f"{key}: needs the package ") and "pip install" in line
 
 

@@ -9,7 +9,6 @@ import torch
 from rich.console import Console
 
 from qlora_trainer.errors import ConfigError, MissingInputError
-from qlora_trainer.evaluate import harness
 from qlora_trainer.evaluate.harness import Harness, table
 from qlora_trainer.model.lora import LoraOptions, attach
 from tests import tiny
@@ -93,12 +92,6 @@ def test_data_that_cannot_be_had_are_one_line() -> None:
         Harness(["arc_easy"]).measure(model, tiny.tokenizer(), batch_size=1, max_rows=1)
 
 
-def test_without_the_library_or_the_folder_it_is_said_before_anything_loads(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'qlora_trainer\[eval\]'"):
-        Harness(["capitals"])
-    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: object())
-    with pytest.raises(MissingInputError, match="no folder"):
+def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(MissingInputError, match=r"evaluate\.lm_eval_path: no folder"):
         Harness(["capitals"], str(tmp_path / "none"))
