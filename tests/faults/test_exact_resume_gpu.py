@@ -37,7 +37,8 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
 def train(scene: Scene, name: str, *hooks: list[Any], expect: int, **keys: Any) -> Path:
     line = scene.line(name, train__max_steps=STEPS, checkpoint__save_steps=5, **keys)
     command = [sys.executable, "-c", PROGRAM, json.dumps(hooks), *line]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=scene.folder)
     assert done.returncode == expect, done.stderr
     return scene.folder / name
