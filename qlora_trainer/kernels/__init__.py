@@ -14,9 +14,18 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .types import Adapter, HeadNorm, NestedScales, QuantizedWeight, Target
+from .types import Adapter, Fp8Rows, HeadNorm, NestedScales, QuantizedWeight, Target
 
-__all__ = ["Adapter", "HeadNorm", "NestedScales", "Operations", "QuantizedWeight", "Target", "pick"]
+__all__ = [
+    "Adapter",
+    "Fp8Rows",
+    "HeadNorm",
+    "NestedScales",
+    "Operations",
+    "QuantizedWeight",
+    "Target",
+    "pick",
+]
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,7 @@ class Operations:
     glu_backward_: Callable[..., None]
     cross_entropy_: Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
     thin_gradient: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Sequence[Target]], None]
-    quantize_fp8: Callable[[Tensor, Tensor | None, float, Tensor], Tensor]
+    quantize_fp8: Callable[[Tensor, Fp8Rows], None]
     pack_fp8: Callable[[Tensor, Tensor, float, Tensor], None]
     fp8_product: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 

@@ -1,9 +1,9 @@
 """Row-scaled e4m3 operands for the frozen base's products (Hopper, Ada).
 
-`quantize_fp8` turns [x | u], an activation and its projection on the adapters, into one e4m3
-operand with a scale a row; `pack_fp8` brings an adapter's matrix to the scales of the frozen weight
-it stands beside; `fp8_product` is cuBLAS's. NF4's own error is about 9% of a weight's RMS; e4m3 on
-top makes it 9.6%.
+`quantize_fp8` gives an activation in e4m3 with a scale a row; the norms and the gated unit do the same
+to the row they have just made (`store_row`), which then is not read again for it. `pack_fp8` brings what
+stands beside it, an adapter's matrix or a projection on it, to the same scales; `fp8_product` is cuBLAS's.
+NF4's own error is about 9% of a weight's RMS; e4m3 on top makes it 9.6%.
 """
 
 from __future__ import annotations
@@ -13,40 +13,41 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .types import Fp8Rows
+
 
 @triton.jit
-def _quantize_fp8_kernel(
-    x_ptr, u_ptr, out_ptr, scale_ptr, k, r, x_stride, u_stride, out_stride, border,
-    BLOCK: tl.constexpr, RANK: tl.constexpr,
-):  # fmt: skip
-    """A program holds a whole row: it is read once, though its scale is known only at its end."""
+def store_row(x, row, column, inside, values_ptr, scales_ptr, stride):
+    """A whole row in float32, zero outside; the program knows its largest value only now."""
+    scale = tl.maximum(tl.max(tl.abs(x), axis=0), 1e-12) / 448.0
+    tl.store(scales_ptr + row, scale)
+    tl.store(
+        values_ptr + row * stride + column, (x * (1.0 / scale)).to(values_ptr.dtype.element_ty), mask=inside
+    )
+
+
+@triton.jit
+def _quantize_fp8_kernel(x_ptr, values_ptr, scales_ptr, k, x_stride, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + row * x_stride + column, mask=column < k, other=0.0)
-    scale = tl.maximum(tl.max(tl.abs(x.to(tl.float32)), axis=0), 1e-12) / 448.0
-    tl.store(scale_ptr + row, scale)
-    inverse = 1.0 / scale
-    scaled = (x.to(tl.float32) * inverse).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * out_stride + column, scaled, mask=column < k)
-    if RANK > 0:
-        rank = tl.arange(0, RANK)
-        u = tl.load(u_ptr + row * u_stride + rank, mask=rank < r, other=0.0).to(tl.float32)
-        u = u * (inverse * border)
-        u = tl.minimum(tl.maximum(u, -448.0), 448.0)
-        tl.store(out_ptr + row * out_stride + k + rank, u.to(out_ptr.dtype.element_ty), mask=rank < r)
+    inside = column < k
+    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    store_row(x, row, column, inside, values_ptr, scales_ptr, stride)
 
 
-def quantize_fp8(x: Tensor, u: Tensor | None, border: float, out: Tensor) -> Tensor:
+def row_warps(block: int) -> int:
+    """Warps of a program that holds `block` columns of a row."""
+    return min(16, max(1, block // 1024))
+
+
+def quantize_fp8(x: Tensor, rows: Fp8Rows) -> None:
     """As `reference.quantize_fp8`; K ≤ 65536."""
     m, k = x.shape
-    scale = torch.empty((m, 1), dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(k)
-    r, u_stride = (0, 0) if u is None else (u.shape[1], u.stride(0))
     _quantize_fp8_kernel[(m,)](
-        x, x if u is None else u, out, scale, k, r, x.stride(0), u_stride, out.stride(0), border,
-        BLOCK=block, RANK=triton.next_power_of_2(r) if r else 0, num_warps=min(16, max(1, block // 1024)),
+        x, rows.values, rows.scales, k, x.stride(0), rows.values.stride(0),
+        BLOCK=block, num_warps=row_warps(block),
     )  # fmt: skip
-    return scale
 
 
 @triton.jit

@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .fp8 import row_warps, store_row
 from .thin import add_partials, thin_gradient
-from .types import Target
+from .types import Fp8Rows, Target
 
 
 @triton.jit
@@ -57,6 +58,24 @@ def _glu_forward_kernel(
     up = tl.load(base + f, mask=inside, other=0.0).to(tl.float32)
     value, _ = _value_and_slope(gate, GELU)
     tl.store(out_ptr + row * out_stride + column, (value * up).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _glu_forward_fp8_kernel(
+    gate_up_ptr, out_ptr, values_ptr, scales_ptr, f, gate_up_stride, out_stride, values_stride,
+    GELU: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The same by whole rows, for their e4m3."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < f
+    base = gate_up_ptr + row * gate_up_stride + column
+    gate = tl.load(base, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(base + f, mask=inside, other=0.0).to(tl.float32)
+    value, _ = _value_and_slope(gate, GELU)
+    out = (value * up).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * out_stride + column, out, mask=inside)
+    store_row(out.to(tl.float32), row, column, inside, values_ptr, scales_ptr, values_stride)
 
 
 @triton.jit
@@ -133,9 +152,16 @@ def _glu_backward_thin_kernel(
 _BLOCK = 1024
 
 
-def glu(gate_up: Tensor, activation: str, out: Tensor) -> None:
+def glu(gate_up: Tensor, activation: str, out: Tensor, rows: Fp8Rows | None = None) -> None:
     """As `reference.glu`."""
     m, f = out.shape
+    if rows is not None:
+        block = triton.next_power_of_2(f)
+        _glu_forward_fp8_kernel[(m,)](
+            gate_up, out, rows.values, rows.scales, f, gate_up.stride(0), out.stride(0),
+            rows.values.stride(0), GELU=activation != "silu", BLOCK=block, num_warps=row_warps(block),
+        )  # fmt: skip
+        return
     _glu_forward_kernel[(m, triton.cdiv(f, _BLOCK))](
         gate_up, out, f, gate_up.stride(0), out.stride(0), GELU=activation != "silu", BLOCK=_BLOCK,
         num_warps=4,

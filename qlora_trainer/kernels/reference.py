@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .types import Adapter, HeadNorm, QuantizedWeight, Target
+from .types import Adapter, Fp8Rows, HeadNorm, QuantizedWeight, Target
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -58,9 +58,10 @@ def pack_adapters(adapters: Sequence[Adapter], a: Tensor, b: Tensor) -> None:
 
 
 def rms_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, offset: float, out: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Write RMSNorm(x + delta)·(weight + offset) into `out` [M, K].
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, offset: float, out: Tensor,
+    rows: Fp8Rows | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Write RMSNorm(x + delta)·(weight + offset) into `out` [M, K], and `out` in e4m3 into `rows`.
 
     Returns x + delta, rounded to x's dtype, and rstd, float32 [M]. `offset` is 1 where a checkpoint
     stores weight - 1 (Gemma).
@@ -69,20 +70,25 @@ def rms_norm(
     value = _wide(total)
     rstd = torch.rsqrt(value.pow(2).mean(-1, keepdim=True) + eps)
     out.copy_(value * rstd * (_wide(weight) + offset))
+    if rows is not None:
+        quantize_fp8(out, rows)
     return total, rstd.squeeze(-1)
 
 
 def rms_norm_backward(
-    dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, offset: float, residual: Tensor | None, out: Tensor
-) -> None:
+    dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, offset: float, residual: Tensor | None, out: Tensor,
+    rows: Fp8Rows | None = None,
+) -> None:  # fmt: skip
     """Write d(loss)/dx of RMSNorm, plus the residual branch's gradient, into `out` [M, K].
 
-    `residual` may be `out` itself.
+    `residual` may be `out` itself. `rows` takes `out` in e4m3.
     """
     grad = _wide(dy) * (_wide(weight) + offset)
     normed = _wide(x) * rstd[:, None]
     dx = rstd[:, None] * (grad - normed * (grad * normed).mean(-1, keepdim=True))
     out.copy_(dx if residual is None else dx + residual)
+    if rows is not None:
+        quantize_fp8(out, rows)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -142,13 +148,15 @@ def _activate(gate: Tensor, activation: str) -> Tensor:
     return torch.nn.functional.gelu(gate, approximate="tanh")
 
 
-def glu(gate_up: Tensor, activation: str, out: Tensor) -> None:
-    """Write activation(gate)·up into `out` [M, F]; gate_up [M, 2F]; activation "silu" or "gelu_tanh".
+def glu(gate_up: Tensor, activation: str, out: Tensor, rows: Fp8Rows | None = None) -> None:
+    """Write activation(gate)·up into `out` [M, F], and `out` in e4m3 into `rows`.
 
-    SwiGLU and GeGLU: Shazeer 2020.
+    gate_up [M, 2F]; activation "silu" or "gelu_tanh". SwiGLU and GeGLU: Shazeer 2020.
     """
     gate, up = gate_up.chunk(2, dim=-1)
     out.copy_(_activate(_wide(gate), activation) * _wide(up))
+    if rows is not None:
+        quantize_fp8(out, rows)
 
 
 def glu_backward_(
@@ -218,21 +226,15 @@ def thin_gradient(
         t.out.add_(part.T if t.transposed else part, alpha=t.alpha)
 
 
-def quantize_fp8(x: Tensor, u: Tensor | None, border: float, out: Tensor) -> Tensor:
-    """Write e4m3 of [x | border·u] into `out` [M, K+R], one scale a row; return the scales, float32 [M, 1].
-
-    The scale comes from x [M, K]; u [M, R] is multiplied by `border` and saturates. Without u, the
-    columns from K on stay as they are.
-    """
+def quantize_fp8(x: Tensor, rows: Fp8Rows) -> None:
+    """Write `x` [M, K] in e4m3 into K columns of `rows`, each row's largest value as 448, and the scales."""
     scale = x.float().abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 448.0
-    value = x.float() if u is None else torch.cat((x.float(), u.float() * border), dim=1)
-    value = value / scale
-    out[:, : value.shape[1]].copy_(value.clamp_(-448.0, 448.0).to(torch.float8_e4m3fn))
-    return scale
+    rows.scales.copy_(scale)
+    rows.values[:, : x.shape[1]].copy_((x.float() / scale).clamp_(-448.0, 448.0).to(torch.float8_e4m3fn))
 
 
 def pack_fp8(source: Tensor, scale: Tensor, factor: float, out: Tensor) -> None:
-    """Write e4m3 of factor · source / scale [n, 1] into `out` [n, R]; source [n, R] may be a transpose."""
+    """Write e4m3 of factor · source / scale [n, 1] into `out` [n, R]; saturates; `source` may be strided."""
     value = source.float() * (factor / scale)
     out.copy_(value.clamp_(-448.0, 448.0).to(torch.float8_e4m3fn))
 

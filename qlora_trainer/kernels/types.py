@@ -1,9 +1,10 @@
-"""What the operations take beside tensors: a 4-bit weight, an adapter in its group, a head norm."""
+"""What the operations take beside tensors: 4-bit weights, adapters in their group, head norms, e4m3 rows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -64,3 +65,26 @@ class Target:
     column0: int
     alpha: float
     transposed: bool
+
+
+@dataclass(frozen=True)
+class Fp8Rows:
+    """An activation in e4m3 with a scale a row: what it stands for is scales ∘ values.
+
+    values: [M, K + R]. Who makes the activation writes its K columns and the scales; R columns are left
+    for its projection on the adapters, written later at the same scales (`pack_fp8`).
+    """
+
+    values: Tensor  # float8_e4m3fn [M, K + R]
+    scales: Tensor  # float32 [M, 1]
+
+    @classmethod
+    def empty(cls, m: int, columns: int, device: torch.device) -> Fp8Rows:
+        """Nothing written yet."""
+        return cls(
+            torch.empty((m, columns), dtype=torch.float8_e4m3fn, device=device),
+            torch.empty((m, 1), dtype=torch.float32, device=device),
+        )
+
+    def __getitem__(self, rows: slice) -> Fp8Rows:
+        return Fp8Rows(self.values[rows], self.scales[rows])

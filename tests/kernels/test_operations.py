@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qlora_trainer.kernels import (
     Adapter,
+    Fp8Rows,
     HeadNorm,
     NestedScales,
     Operations,
@@ -250,14 +251,44 @@ def test_fp8_rows_carry_their_own_scale(fast: Operations) -> None:
     x, u = random(m, k) * rows, random(m, 16, seed=1) * rows
     found = []
     for operations in (PLAIN, fast):
-        out = torch.empty(m, k + 16, dtype=torch.float8_e4m3fn, device=DEVICE)
-        scale = operations.quantize_fp8(x, u, 0.25, out)
-        value = out.float() * scale
+        out = Fp8Rows.empty(m, k + 16, DEVICE)
+        operations.quantize_fp8(x, out)
+        operations.pack_fp8(u, out.scales, 0.25, out.values[:, k:])
+        value = out.values.float() * out.scales
         for i in range(m):
             close(value[i, :k], x[i], 0.04 * coarse)
             close(value[i, k:] * 4, u[i], 0.06 * coarse)
         found.append(value)
     close(found[1], found[0], 0.01 if coarse == 1.0 else 0.1)
+
+
+@pytest.mark.parametrize("width", [96, 130])
+def test_what_makes_a_row_gives_the_e4m3_that_quantizing_it_would(fast: Operations, width: int) -> None:
+    m, dtype = 5, torch.bfloat16
+    x, delta, dy = (random(m, width, seed=seed).to(dtype) for seed in range(3))
+    weight, gate_up = random(width, seed=3).to(dtype), random(m, 2 * width, seed=4).to(dtype)
+    for operations in (PLAIN, fast):
+        _, rstd = operations.rms_norm(x, delta, weight, 1e-5, 0.0, torch.empty_like(x))
+
+        def norm(out: Tensor, rows: Fp8Rows, operations: Operations = operations) -> None:
+            operations.rms_norm(x, delta, weight, 1e-5, 0.0, out, rows)
+
+        def back(
+            out: Tensor, rows: Fp8Rows, operations: Operations = operations, rstd: Tensor = rstd
+        ) -> None:
+            operations.rms_norm_backward(dy, x, rstd, weight, 0.0, delta, out, rows)
+
+        def gated(out: Tensor, rows: Fp8Rows, operations: Operations = operations) -> None:
+            operations.glu(gate_up, "silu", out, rows)
+
+        for make in (norm, back, gated):
+            out = torch.empty(m, width + 16, dtype=dtype, device=DEVICE)[:, :width]
+            fused, apart = (Fp8Rows.empty(m, width + 16, DEVICE) for _ in range(2))
+            make(out, fused)
+            operations.quantize_fp8(out, apart)
+            assert torch.equal(fused.scales, apart.scales)
+            assert torch.equal(fused.values[:, :width].float(), apart.values[:, :width].float())
+            assert out.float().abs().max() > 0.1
 
 
 def test_fp8_adapters_stand_at_their_weights_scale(fast: Operations) -> None:

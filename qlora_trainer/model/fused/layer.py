@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_trainer.kernels import Operations
+from qlora_trainer.kernels import Fp8Rows, Operations
 from qlora_trainer.kernels.attention import Layout, attend, attend_backward
 
 from .keep import HostStore, Saved, keep_only
@@ -45,8 +45,19 @@ def widen(x: Tensor, border: int) -> Tensor:
     if x.stride() == (width, 1) and start == 0 and room >= m * width:
         return x.as_strided((m, width), (width, 1))
     wide = torch.empty((m, width), dtype=x.dtype, device=x.device)
-    wide[:, :k].copy_(x)
+    _copy_rows(x, wide[:, :k])
     return wide
+
+
+def _copy_rows(x: Tensor, out: Tensor) -> None:
+    """PyTorch copies strided rows an element at a time: of 16 bytes it does so at the memory's speed."""
+    each = 16 // x.element_size()
+    fits = x.shape[1] % each == 0 and all(
+        t.stride(0) % each == 0 and t.stride(1) == 1 and t.storage_offset() % each == 0 for t in (x, out)
+    )
+    if fits:
+        x, out = x.view(torch.complex128), out.view(torch.complex128)
+    out.copy_(x)
 
 
 class FusedLayer:
@@ -73,8 +84,10 @@ class FusedLayer:
 
     # -- forward ---------------------------------------------------------------------------------
 
-    def _norm(self, norm: Norm, x: Tensor, delta: Tensor | None, out: Tensor) -> tuple[Tensor, Tensor]:
-        return self.operations.rms_norm(x, delta, norm.weight, norm.eps, norm.offset, out)
+    def _norm(
+        self, norm: Norm, x: Tensor, delta: Tensor | None, out: Tensor, rows: Fp8Rows | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self.operations.rms_norm(x, delta, norm.weight, norm.eps, norm.offset, out, rows)
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         n_q, n_k, dim = self.parts.heads
@@ -91,18 +104,17 @@ class FusedLayer:
     def attention(self, x: Tensor, delta: Tensor | None, call: Call, saved: Saved) -> Tensor:
         """The attention branch's output [M, h]; fills `saved` up to x2."""
         p, m = self.parts, x.shape[0]
-        wide = p.qkv.wide_input(m)
-        total, saved.rstd1 = self._norm(p.input_norm, x, delta, wide[:, : p.qkv.k])
+        wide, rows = p.qkv.wide_input(m), p.qkv.fp8_input(m)
+        total, saved.rstd1 = self._norm(p.input_norm, x, delta, wide[:, : p.qkv.k], rows)
         saved.x = total.detach()
         u = p.qkv.project(wide)
         saved.u_qkv = u[:, : p.qkv.rank].contiguous()
-        saved.qkv = p.qkv.forward(wide, u)
-        del wide, u
+        saved.qkv = p.qkv.forward(wide, u, rows=rows)
+        del wide, rows, u
         q, k, v = self._heads(self._rotated(saved.qkv, call))
         attended, saved.state = attend(q, k, v, call.layout, p.softmax_scale, p.window)
         saved.attended = attended.reshape(m, p.o.k)
-        wide = p.o.wide_input(m)
-        wide[:, : p.o.k].copy_(saved.attended)
+        wide = widen(saved.attended, p.o.border)
         u = p.o.project(wide)
         saved.u_o = u[:, : p.o.rank].contiguous()
         y = p.o.forward(wide, u)
@@ -119,48 +131,49 @@ class FusedLayer:
         """The MLP branch's output [M, h] on saved.x + y; fills the rest of `saved`."""
         p, m = self.parts, y.shape[0]
         assert saved.x is not None
-        wide = p.gate_up.wide_input(m)
-        total, saved.rstd2 = self._norm(p.mlp_norm, saved.x, y, wide[:, : p.gate_up.k])
+        wide, normed = p.gate_up.wide_input(m), p.gate_up.fp8_input(m)
+        total, saved.rstd2 = self._norm(p.mlp_norm, saved.x, y, wide[:, : p.gate_up.k], normed)
         saved.x2 = total.detach()
         out = torch.empty_like(y)
         saved.u_down = torch.empty((m, p.down.rank), dtype=y.dtype, device=y.device)
         for rows in self._chunks(m):
-            gate_up, saved.u_gate_up = self._gate_up(wide[rows])
-            act = p.down.wide_input(gate_up.shape[0])
-            self.operations.glu(gate_up[:, : p.gate_up.n], p.activation, act[:, : p.down.k])
+            gate_up, saved.u_gate_up = self._gate_up(wide[rows], None if normed is None else normed[rows])
+            act, inner = p.down.wide_input(gate_up.shape[0]), p.down.fp8_input(gate_up.shape[0])
+            self.operations.glu(gate_up[:, : p.gate_up.n], p.activation, act[:, : p.down.k], inner)
             u = p.down.project(act)
             saved.u_down[rows] = u[:, : p.down.rank]
-            p.down.forward(act, u, out=out[rows])
+            p.down.forward(act, u, out=out[rows], rows=inner)
             if self.policy == "none":
                 saved.gate_up = gate_up
-            del gate_up, act, u
+            del gate_up, act, inner, u
         if p.mlp_output_norm is not None:
             saved.y_mlp, out = out, torch.empty_like(out)
             _, saved.rstd_mlp = self._norm(p.mlp_output_norm, saved.y_mlp, None, out)
         return out
 
-    def _gate_up(self, wide: Tensor) -> tuple[Tensor, Tensor]:
+    def _gate_up(self, wide: Tensor, rows: Fp8Rows | None) -> tuple[Tensor, Tensor]:
         """Wide gate/up [M, 2F + border] (its border empty) and the projection on its adapters."""
         group = self.parts.gate_up
         u = group.project(wide)
         result = group.wide_output(wide.shape[0])
-        group.forward(wide, u, out=result[:, : group.n])
+        group.forward(wide, u, out=result[:, : group.n], rows=rows)
         return result, u[:, : group.rank].contiguous()
 
     # -- backward --------------------------------------------------------------------------------
 
     def _norm_backward(
-        self, norm: Norm, dy: Tensor, x: Tensor, rstd: Tensor, residual: Tensor | None, border: int
-    ) -> Tensor:
+        self, norm: Norm, dy: Tensor, x: Tensor, rstd: Tensor, residual: Tensor | None, border: int,
+        rows: Fp8Rows | None = None,
+    ) -> Tensor:  # fmt: skip
         """Gradient of a norm's input, plus the residual's, wide by `border`."""
         wide = torch.empty((x.shape[0], x.shape[1] + border), dtype=x.dtype, device=x.device)
         self.operations.rms_norm_backward(
-            dy, x, rstd, norm.weight, norm.offset, residual, wide[:, : x.shape[1]]
+            dy, x, rstd, norm.weight, norm.offset, residual, wide[:, : x.shape[1]], rows
         )
         return wide
 
-    def mlp_backward(self, grad: Tensor, saved: Saved, gradients: Gradients) -> Tensor:
-        """d(loss)/d(x2) [M, h], wide by o's border, from `grad` [M, h] of the output sum."""
+    def mlp_backward(self, grad: Tensor, saved: Saved, gradients: Gradients) -> tuple[Tensor, Fp8Rows | None]:
+        """d(loss)/d(x2) [M, h], wide by o's border, from `grad` [M, h] of the output sum; and its e4m3."""
         p = self.parts
         assert saved.x2 is not None and saved.rstd2 is not None and saved.u_down is not None
         if p.mlp_output_norm is not None:
@@ -177,10 +190,10 @@ class FusedLayer:
                 gate_up, u = saved.gate_up, saved.u_gate_up
                 saved.gate_up = None
             else:
-                again = p.gate_up.wide_input(x2.shape[0])
-                self._norm(p.mlp_norm, x2, None, again[:, : p.gate_up.k])
-                gate_up, u = self._gate_up(again)
-                del again
+                again, normed = p.gate_up.wide_input(x2.shape[0]), p.gate_up.fp8_input(x2.shape[0])
+                self._norm(p.mlp_norm, x2, None, again[:, : p.gate_up.k], normed)
+                gate_up, u = self._gate_up(again, normed)
+                del again, normed
             part, d_gate_up = wide[rows], gate_up[:, : p.gate_up.n]
             v_down = p.down.project_back(part)
             d_act = p.down.backward(part, v_down)
@@ -201,12 +214,15 @@ class FusedLayer:
             if gate_up_a:
                 thin(v[:, : p.gate_up.rank], x2, rstd2, p.mlp_norm.factor, gate_up_a)
             del gate_up
-        return self._norm_backward(p.mlp_norm, d_normed, saved.x2, saved.rstd2, grad, p.o.border)
+        into_o = None if p.attention_output_norm is not None else p.o.fp8_output(grad.shape[0])
+        d_x2 = self._norm_backward(p.mlp_norm, d_normed, saved.x2, saved.rstd2, grad, p.o.border, into_o)
+        return d_x2, into_o
 
     def attention_backward(
-        self, d_x2: Tensor, saved: Saved, call: Call, gradients: Gradients, needs_input: bool
-    ) -> Tensor | None:
-        """d(loss)/d(x) [M, h] from the wide `d_x2` of `mlp_backward`; None if nobody needs it."""
+        self, d_x2: Tensor, rows: Fp8Rows | None, saved: Saved, call: Call, gradients: Gradients,
+        needs_input: bool,
+    ) -> Tensor | None:  # fmt: skip
+        """d(loss)/d(x) [M, h] from what `mlp_backward` gave; None if nobody needs it."""
         p = self.parts
         assert saved.x is not None and saved.rstd1 is not None and saved.qkv is not None
         assert saved.attended is not None and saved.u_qkv is not None and saved.u_o is not None
@@ -214,16 +230,14 @@ class FusedLayer:
         wide = d_x2
         if p.attention_output_norm is not None:
             assert saved.y_attention is not None and saved.rstd_attention is not None
+            rows = p.o.fp8_output(wide.shape[0])
             wide = self._norm_backward(
-                p.attention_output_norm,
-                d_x2[:, :hidden],
-                saved.y_attention,
-                saved.rstd_attention,
-                None,
-                p.o.border,
-            )
+                p.attention_output_norm, d_x2[:, :hidden], saved.y_attention, saved.rstd_attention, None,
+                p.o.border, rows,
+            )  # fmt: skip
         v = p.o.project_back(wide)
-        d_attended = p.o.backward(wide, v)
+        d_attended = p.o.backward(wide, v, rows=rows)
+        del rows
         p.o.adapter_gradients(saved.attended, saved.u_o, wide[:, : p.o.n], v, gradients)
         n_q, _, dim = p.heads
         rotated = saved.qkv if p.head_norms is None else self._rotated(saved.qkv, call)
@@ -297,8 +311,8 @@ class _LayerFunction(torch.autograd.Function):
         elif layer.policy == "full":
             saved = layer.recompute(saved, call)
         gradients = Gradients()
-        d_mid = layer.mlp_backward(d_out, saved, gradients)
+        d_mid, rows = layer.mlp_backward(d_out, saved, gradients)
         needs_x, needs_delta = ctx.needs_input_grad[:2]
-        dx = layer.attention_backward(d_mid, saved, call, gradients, needs_x or needs_delta)
+        dx = layer.attention_backward(d_mid, rows, saved, call, gradients, needs_x or needs_delta)
         returned = gradients.collect(ctx.ours)
         return dx if needs_x else None, dx if needs_delta else None, None, None, None, *returned

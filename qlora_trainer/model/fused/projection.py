@@ -22,7 +22,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from qlora_trainer.kernels import Adapter, Operations, QuantizedWeight, Target
+from qlora_trainer.kernels import Adapter, Fp8Rows, Operations, QuantizedWeight, Target
 
 # The inner dimension of a matrix-unit tile: a narrower border would cost the same time.
 _ALIGN = {"cuda": 64, "cpu": 1}
@@ -202,6 +202,14 @@ class Projection:
             (m, self.n + self.border), dtype=self.workspace.dtype, device=self.workspace.device
         )
 
+    def fp8_input(self, m: int) -> Fp8Rows | None:
+        """Where what feeds `forward` writes its e4m3 beside; None if the product doesn't run in it."""
+        return None
+
+    def fp8_output(self, m: int) -> Fp8Rows | None:
+        """The same for what feeds `backward`."""
+        return None
+
     def room(self, wide: Tensor) -> Tensor:
         """Where the projection of a wide activation on the adapters goes: [M, pad]."""
         return wide[:, wide.shape[1] - self.pad :]
@@ -220,13 +228,17 @@ class Projection:
             torch.mm(wide[:, : self.n], self.extended()[: self.n, self.k :], out=v)
         return v
 
-    def forward(self, wide: Tensor, u: Tensor, out: Tensor | None = None) -> Tensor:
-        """y [M, N] of a wide input and its projection."""
+    def forward(
+        self, wide: Tensor, u: Tensor, out: Tensor | None = None, rows: Fp8Rows | None = None
+    ) -> Tensor:
+        """y [M, N] of a wide input and its projection; `rows` from `fp8_input`, already written."""
         weight = self.extended()[: self.n].T
         return torch.mm(wide, weight) if out is None else torch.mm(wide, weight, out=out)
 
-    def backward(self, wide: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
-        """dx [M, K] of a wide dy and its projection."""
+    def backward(
+        self, wide: Tensor, v: Tensor, out: Tensor | None = None, rows: Fp8Rows | None = None
+    ) -> Tensor:
+        """dx [M, K] of a wide dy and its projection; `rows` from `fp8_output`, already written."""
         weight = self.extended()[:, : self.k]
         return torch.mm(wide, weight) if out is None else torch.mm(wide, weight, out=out)
 

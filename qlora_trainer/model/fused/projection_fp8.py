@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qlora_trainer.kernels import Fp8Rows
+
 from .projection import Projection
 
 _FORWARD = 0.5  # s·B is multiplied, u divided
@@ -36,9 +38,9 @@ class Fp8Projection(Projection):
         self._b = torch.zeros((self.n, self.pad), dtype=dtype, device=device)
 
     def _quantized(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        rows, columns = weight.shape
-        out = torch.empty((rows, columns + self.pad), dtype=torch.float8_e4m3fn, device=weight.device)
-        return out, self.operations.quantize_fp8(weight, None, 1.0, out)
+        rows = Fp8Rows.empty(weight.shape[0], weight.shape[1] + self.pad, weight.device)
+        self.operations.quantize_fp8(weight, rows)
+        return rows.values, rows.scales
 
     def _refresh(self) -> None:
         """This pass's adapters: in bfloat16, and at the weights' scales."""
@@ -49,6 +51,12 @@ class Fp8Projection(Projection):
         self.operations.pack_fp8(self._b, self._scale, _FORWARD, self._weight[:, self.k :])
         self.operations.pack_fp8(self._a.T, self._scale_back, _BACKWARD, self._weight_back[:, self.n :])
         self._packed_in = self.workspace.generation
+
+    def fp8_input(self, m: int) -> Fp8Rows | None:
+        return None if self._weight is None else Fp8Rows.empty(m, self.k + self.pad, self._weight.device)
+
+    def fp8_output(self, m: int) -> Fp8Rows | None:
+        return None if self._weight is None else Fp8Rows.empty(m, self.n + self.pad, self._weight.device)
 
     def room(self, wide: Tensor) -> Tensor:
         if self._weight is None:
@@ -68,24 +76,36 @@ class Fp8Projection(Projection):
         return wide @ self._b
 
     def _product(
-        self, x: Tensor, u: Tensor, factor: float, weight: Tensor, scale: Tensor, out: Tensor | None
-    ) -> Tensor:
-        operand = torch.empty((x.shape[0], weight.shape[1]), dtype=torch.float8_e4m3fn, device=x.device)
-        rows = self.operations.quantize_fp8(x, u if self.rank else None, factor, operand)
-        result = (
-            torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device) if out is None else out
-        )
-        self.operations.fp8_product(operand, rows, weight, scale, result)
-        return result
+        self, x: Tensor, rows: Fp8Rows, u: Tensor, factor: float, weight: Tensor, scale: Tensor,
+        out: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        if self.rank:
+            self.operations.pack_fp8(u, rows.scales, factor, rows.values[:, x.shape[1] :])
+        if out is None:
+            out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+        self.operations.fp8_product(rows.values, rows.scales, weight, scale, out)
+        return out
 
-    def forward(self, wide: Tensor, u: Tensor, out: Tensor | None = None) -> Tensor:
+    def _rows(self, x: Tensor) -> Fp8Rows:
+        """An activation whose maker wrote no e4m3."""
+        rows = Fp8Rows.empty(x.shape[0], x.shape[1] + self.pad, x.device)
+        self.operations.quantize_fp8(x, rows)
+        return rows
+
+    def forward(
+        self, wide: Tensor, u: Tensor, out: Tensor | None = None, rows: Fp8Rows | None = None
+    ) -> Tensor:
         if self._weight is None:
             return super().forward(wide, u, out)
         self._refresh()
-        return self._product(wide, u, 1.0 / _FORWARD, self._weight, self._scale, out)
+        rows = self._rows(wide) if rows is None else rows
+        return self._product(wide, rows, u, 1.0 / _FORWARD, self._weight, self._scale, out)
 
-    def backward(self, wide: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
+    def backward(
+        self, wide: Tensor, v: Tensor, out: Tensor | None = None, rows: Fp8Rows | None = None
+    ) -> Tensor:
         if self._weight is None or self._weight_back is None:
             return super().backward(wide, v, out)
         self._refresh()
-        return self._product(wide, v, 1.0 / _BACKWARD, self._weight_back, self._scale_back, out)
+        rows = self._rows(wide) if rows is None else rows
+        return self._product(wide, rows, v, 1.0 / _BACKWARD, self._weight_back, self._scale_back, out)
