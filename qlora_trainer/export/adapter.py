@@ -146,9 +146,12 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _peft_config(model: peft.PeftModel, trained: TrainedOn) -> peft.PeftConfig:
-    """A copy for disk: the true base, ready for inference."""
+    """A copy for disk: the true base, ready for inference, and the same bytes from every process."""
     stored = model.peft_config[model.active_adapter]
     config = type(stored)(**{k: v for k, v in vars(stored).items() if k in type(stored).__dataclass_fields__})
+    for name, value in vars(config).items():
+        if isinstance(value, set):  # PEFT would write it in the order of this process's hashes
+            setattr(config, name, sorted(value))
     config.base_model_name_or_path = trained.source
     config.revision = trained.revision
     config.inference_mode = True
