@@ -152,6 +152,9 @@ def _peft_config(model: peft.PeftModel, trained: TrainedOn) -> peft.PeftConfig:
     config.base_model_name_or_path = trained.source
     config.revision = trained.revision
     config.inference_mode = True
+    for name, value in list(vars(config).items()):
+        if isinstance(value, set):  # whose order differs from process to process
+            setattr(config, name, sorted(value))
     return config
 
 

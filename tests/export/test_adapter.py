@@ -66,6 +66,7 @@ def test_the_folder_names_its_base_and_how_it_was_held(tmp_path):
     config = json.loads((run.adapter / "adapter_config.json").read_text())
     trained = json.loads((run.adapter / "training.json").read_text())
     assert config["base_model_name_or_path"] == str(run.base) and config["inference_mode"]
+    assert config["target_modules"] == sorted(config["target_modules"])  # the same bytes from every process
     assert trained["method"] == "nf4" and trained["double_quant"] and trained["dtype"] == "float32"
     assert trained["base_fingerprint"].startswith("sha256:")
     weights = load_file(run.adapter / "adapter_model.safetensors")
