@@ -28,8 +28,9 @@ def offload_layers(model: nn.Module, layers: Sequence[nn.Module], device: torch.
     """Move `model` to `device`, but the 4-bit codes of `layers` to pinned host memory.
 
     The model may come from the host or the device; a layer's codes leave the device before those of
-    the next are touched. Call it after adapters are attached, before the optimizer is made. Returns
-    the bytes on the host.
+    the next are touched. Where it was on the device, the scales leave and come back: between codes that
+    are gone, each of them would hold on to some twenty MiB that nothing else could use. Call it after
+    adapters are attached, before the optimizer is made. Returns the bytes on the host.
 
     Raises:
         ConfigError: a layer has no 4-bit weight.
@@ -49,10 +50,13 @@ def offload_layers(model: nn.Module, layers: Sequence[nn.Module], device: torch.
             home = buffer[start : start + weight.numel()].view(weight.shape)
             home.copy_(weight.data)
             weight.data = home
-            weight.quant_state.to(device)
+            weight.quant_state.to("cpu")
             start += weight.numel()
         taken += size
-    at_home = {id(m.weight) for x in layers for m in x.modules() if isinstance(m, bnb.nn.Linear4bit)}
+    codes: list[Any] = [m.weight for x in layers for m in x.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    for weight in codes:
+        weight.quant_state.to(device)
+    at_home = {id(weight) for weight in codes}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in at_home:

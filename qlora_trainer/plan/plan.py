@@ -263,9 +263,14 @@ def _host(
 
 
 def _offloaded(shape: ModelShape, settings: Settings) -> int:
-    codes = memory.layer_codes(shape, settings) if settings.offload == "layers" else 0
+    codes = memory.layer_codes(shape, settings) // shape.layers if settings.offload == "layers" else 0
     table = settings.dtype_bytes * shape.embedding if settings.offload != "none" and shape.head else 0
-    return codes + table
+    return shape.layers * _pinned(codes) + _pinned(table)
+
+
+def _pinned(size: int) -> int:
+    """What PyTorch's allocator takes for `size` bytes of pinned memory: the next power of two."""
+    return 1 << (size - 1).bit_length() if size else 0
 
 
 def _merging(shape: ModelShape, settings: Settings) -> int:

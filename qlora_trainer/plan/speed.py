@@ -2,7 +2,9 @@
 
 FLOPs of a token, full length n: 4·N for the frozen linear layers (forward, and the gradient of the
 input; they have no weight gradient), 4·V·h for the head where there is a label, 3.5·A for causal
-attention with A = 2·n·q per layer, 6·P for the adapter; what is computed twice comes on top.
+attention with A = 2·n·q per layer, 6·P for the adapter; what is computed twice comes on top. Bytes:
+weights that are dequantized, and activations between the products, which weigh the less the wider
+a model is.
 """
 
 from __future__ import annotations
@@ -18,23 +20,29 @@ from qlora_trainer.plan.shapes import ModelShape
 
 @dataclass(frozen=True)
 class Reach:
-    """How much of the hardware a path reaches, measured on one H100 80GB with the Llama-3-8B shape.
+    """How much of the hardware a path reaches, measured on one H100 80GB (scripts/plan_grid.md).
 
-    flops, bandwidth: share of the peak, in products and in dequantization. host: seconds a layer and
-    micro-batch that the host needs to launch a forward and backward pass, which bounds short ones;
+    products, attention: shares of the peak FLOP/s. dequantization, activations: shares of the memory's
+    bandwidth; the second counts every tensor between two products as read and written once by each
+    operation that has to, so that separate operations show as a smaller share. host: seconds a layer
+    and micro-batch that the host needs to launch a forward and backward pass, which bounds short ones;
     graphed: the same where CUDA graphs launch.
     """
 
-    flops: float
-    bandwidth: float
+    products: float
+    attention: float
+    dequantization: float
+    activations: float
     host: float
     graphed: float
 
 
-FAST = Reach(flops=0.565, bandwidth=0.75, host=0.006, graphed=0.0015)
-REFERENCE = Reach(flops=0.385, bandwidth=0.6, host=0.010, graphed=0.010)
-CPU = Reach(flops=1.0, bandwidth=1.0, host=0.0, graphed=0.0)
-FP8 = 1.5  # times the speed of a product in bfloat16, its operands' way to e4m3 included (same machine)
+# A large product alone reaches 0.78 of the peak. The shares of attention and activations are those that fit
+# the grid's cells best: 19 of the fast path, 7B to 70B, and 2 of the reference.
+FAST = Reach(0.78, 0.5, dequantization=0.75, activations=0.435, host=0.006, graphed=0.0015)
+REFERENCE = Reach(0.78, 0.5, dequantization=0.6, activations=0.12, host=0.010, graphed=0.010)
+CPU = Reach(1.0, 1.0, dequantization=1.0, activations=1.0, host=0.0, graphed=0.0)
+FP8 = 1.6  # times the speed of a product in bfloat16, its operands' way to e4m3 included (same machine)
 CPU_DEQUANTIZATION = 1.17  # an NF4 step beside one with dense weights
 
 
@@ -45,7 +53,7 @@ def reach(settings: Settings) -> Reach:
 
 
 def repeated_work(shape: ModelShape, settings: Settings, what: str) -> float:
-    """`repeated_flops` as products would take: attention runs at half their rate."""
+    """`repeated_flops` as products would take: attention, with norms and rotation before it, counts twice."""
     attention = _attention(shape, settings) if what in ("layer", "all but down") else 0.0
     return repeated_flops(shape, settings, what) + attention
 
@@ -81,6 +89,27 @@ def _again(shape: ModelShape, settings: Settings, policies: Sequence[str]) -> fl
     return sum(repeated_flops(shape, settings, path.repeats(policy)) for policy in policies)
 
 
+def _whole_layers(shape: ModelShape, settings: Settings, policies: Sequence[str]) -> int:
+    """Layers whose attention runs forward twice."""
+    path = path_of(shape, settings)
+    return sum(path.repeats(policy) in ("layer", "all but down") for policy in policies)
+
+
+def activation_bytes(shape: ModelShape, settings: Settings, policies: Sequence[str]) -> float:
+    """Bytes a token that the operations between products read and write, each tensor once.
+
+    Of a layer: twice a sum of the stream and a norm (4 h), the rotation of queries and keys, the gated
+    unit (3 f); twice that in the backward pass. Logits are written by their product, read, and written.
+    """
+    mlp = 4 * shape.hidden + (3 if shape.gated else 2) * shape.intermediate
+    layer = 4 * shape.hidden + 2 * (shape.q + shape.kv) + mlp
+    again = {"nothing": 0, "gate_up": mlp}
+    path = path_of(shape, settings)
+    repeated = sum(again.get(path.repeats(policy), layer) for policy in policies)
+    logits = 3 * shape.vocab * settings.supervised
+    return settings.dtype_bytes * (3.0 * layer * shape.layers + repeated + logits)
+
+
 def micro_batch_seconds(
     shape: ModelShape,
     settings: Settings,
@@ -94,13 +123,18 @@ def micro_batch_seconds(
         return None
     part = reach(settings)
     tokens = settings.rows * settings.mean_length
-    flops = token_flops(shape, settings, policies)
+    whole = _whole_layers(shape, settings, policies)
+    attention = _attention(shape, settings) * (3.5 * shape.layers + whole)
+    products = token_flops(shape, settings, policies) - attention
     if settings.fp8:  # what is repeated is nearly all products with the base
         base = 4.0 * sum(x.numel for x in shape.linears) + _again(shape, settings, policies)
-        flops -= base * (1 - 1 / FP8)
-    seconds = tokens * flops / (hardware.flops * part.flops)
+        products -= base * (1 - 1 / FP8)
+    seconds = tokens * (products / part.products + attention / part.attention) / hardware.flops
+    if hardware.bandwidth is not None:
+        moved = tokens * activation_bytes(shape, settings, policies)
+        seconds += moved / (hardware.bandwidth * part.activations)
     path = path_of(shape, settings)
-    passes = 2 + sum(path.repeats(policy) in ("layer", "all but down") for policy in policies) / len(policies)
+    passes = 2 + whole / len(policies)
     if is_quantized(settings) and not settings.fp8:
         if hardware.bandwidth is None:
             seconds *= 1.0 if dequantized else CPU_DEQUANTIZATION
@@ -108,7 +142,7 @@ def micro_batch_seconds(
             weight = sum(x.numel for x in shape.linears)
             weight -= min(weight, dequantized // settings.dtype_bytes)
             moved = weight * (0.52 + settings.dtype_bytes)  # read the codes, write 16-bit values
-            seconds += passes * moved / (hardware.bandwidth * part.bandwidth)
+            seconds += passes * moved / (hardware.bandwidth * part.dequantization)
     if settings.offload == "layers" and hardware.bus is not None:  # up and down again, beside the work
         seconds = max(seconds, 2 * layer_codes(shape, settings) / hardware.bus)
     leaving = sum(path.on_host(policy) for policy in policies)

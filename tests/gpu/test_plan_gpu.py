@@ -34,3 +34,10 @@ def test_peak_is_within_five_percent(grid: ModuleType, room, policy: str, base_g
     measured = grid.measure(cell, plan, room, steps=1)
     assert plan.phases[1].allocated == pytest.approx(measured.allocated, rel=0.05)
     assert room.left_behind() < 32 << 20
+
+
+def test_streamed_layers_take_what_is_planned(grid: ModuleType, room) -> None:
+    asked = grid.Cell("small", 16, 4, 2048, "full", keys={"model.offload": "layers"})
+    cell, plan = grid.plan_of(asked, room.device)
+    measured = grid.measure(cell, plan, room, steps=1)
+    assert plan.phases[1].allocated == pytest.approx(measured.allocated, rel=0.05)

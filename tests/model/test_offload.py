@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers import CONFIG_MAPPING
 
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.fuse import fuse
@@ -82,3 +83,22 @@ def test_sixteen_bit_layers_are_refused() -> None:
     model = attach(tiny.model("llama"), LoraOptions(r=4, dtype=torch.float32), seed=0)
     with pytest.raises(ConfigError, match="4-bit"):
         offload_layers(model, model.get_base_model().model.layers, torch.device("cpu"))
+
+
+@pytest.mark.gpu
+def test_offloading_leaves_no_holes_on_the_device() -> None:
+    """Scales that stay where they are, between codes that left, keep a page of 20 MiB each."""
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    device = torch.device("cuda")
+    wide = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 3}  # as 70B
+    config = CONFIG_MAPPING["llama"](**(tiny.GATED | wide))
+
+    def unused() -> int:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+    before = unused()
+    model = attach(random_base(config, device), LoraOptions(r=4), seed=0)
+    offload_layers(model, model.get_base_model().model.layers, device)
+    assert unused() - before < 64 << 20

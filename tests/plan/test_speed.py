@@ -1,0 +1,60 @@
+"""The planned speed is that of the machine: cells of `scripts/plan_grid` as they ran on one H100 80GB."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from qlora_trainer.plan import hardware
+from qlora_trainer.plan.plan import RunPlan, make_plan
+from qlora_trainer.plan.shapes import from_config
+from tests.plan.sizes import LLAMA3_8B
+from tests.plan.test_plan import config
+
+LLAMA2_7B = LLAMA3_8B | {"intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000}
+LLAMA2_13B = LLAMA2_7B | {
+    "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+}  # fmt: skip
+LLAMA3_70B = LLAMA3_8B | {
+    "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+}  # fmt: skip
+REFERENCE = ("model.kernels", "reference")
+
+
+def plan(shape: dict[str, object], r: int, rows: int, length: int, policy: str, *keys: tuple) -> RunPlan:
+    sizes = [("lora.r", r), ("train.per_device_train_batch_size", rows), ("train.max_length", length)]
+    sizes += [("train.gradient_accumulation_steps", 1), ("train.activations", policy), *keys]
+    card = replace(hardware.parse("H100"), host_memory=120 << 30)
+    return make_plan(config(*sizes), card, from_config(shape))
+
+
+@pytest.mark.parametrize(
+    ("asked", "tokens_per_second"),
+    [
+        ((LLAMA3_8B, 16, 4, 2048, "mlp"), 14_862),
+        ((LLAMA3_8B, 16, 4, 2048, "full"), 13_388),
+        ((LLAMA3_8B, 16, 4, 2048, "offload"), 14_460),
+        ((LLAMA3_8B, 8, 1, 8192, "none"), 15_102),
+        ((LLAMA2_7B, 64, 16, 512, "none"), 20_194),
+        ((LLAMA2_7B, 8, 1, 8192, "offload"), 12_921),
+        ((LLAMA2_13B, 16, 4, 2048, "mlp"), 8_770),
+        ((LLAMA3_70B, 16, 4, 2048, "full"), 1_674),
+        ((LLAMA3_70B, 16, 4, 2048, "full", ("model.offload", "layers")), 1_658),
+        ((LLAMA3_8B, 16, 4, 2048, "none"), 17_665),
+        ((LLAMA3_8B, 16, 4, 2048, "none", ("train.base_gemm", "fp8")), 24_866),
+        ((LLAMA3_70B, 16, 2, 2048, "full"), 1_637),
+        ((LLAMA3_8B, 16, 4, 2048, "none", REFERENCE), 11_315),
+        ((LLAMA3_8B, 16, 4, 2048, "full", REFERENCE), 8_031),
+    ],
+)
+def test_planned_speed_is_the_measured_one(asked: tuple, tokens_per_second: float) -> None:
+    assert plan(*asked).tokens_per_second == pytest.approx(tokens_per_second, rel=0.08)
+
+
+def test_wide_models_reach_more_of_the_peak() -> None:
+    """Products grow with the square of the width, what lies between them with the width."""
+    narrow, wide = plan(LLAMA3_8B, 16, 4, 2048, "full"), plan(LLAMA3_70B, 16, 4, 2048, "full")
+    reached = [p.flops_per_token * p.tokens_per_second for p in (narrow, wide)]
+    assert 1.05 * reached[0] < reached[1] < 1.2 * reached[0]
