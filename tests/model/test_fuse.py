@@ -25,7 +25,7 @@ FAMILIES: dict[str, dict] = {
     "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 16, "head_dim": 16},
     "phi3": {},
 }
-POLICIES = ("none", "mlp", "full", "offload")
+POLICIES = ("none", "mlp", "full", "offload", "full_offload")
 tiny.ARCHITECTURES.setdefault("gemma3_text", dict(tiny.GATED))
 
 
