@@ -177,8 +177,8 @@ class FastPath:
             freed = tokens * s * (g["gate_up"].n + g["gate_up"].border)
         else:
             rows = min(tokens, MLP_ROWS)
-            inner = (h + g["gate_up"].border) + (g["gate_up"].n + g["gate_up"].border) + f
-            mlp = tokens * s * h + rows * (s * inner + e4m3_down)
+            wide = s * (g["gate_up"].n + g["gate_up"].border)  # beside it first its input, then d_act
+            mlp = tokens * s * h + rows * (wide + max(s * (h + g["gate_up"].border), s * f + e4m3_down))
             freed = 0
         freed += tokens * s * h  # x2
         return again + incoming + max(mlp, self._attention_work() - freed)

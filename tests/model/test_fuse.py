@@ -242,6 +242,14 @@ def test_fp8_products_stay_within_their_rounding() -> None:
     assert 1e-4 < error**0.5 < 0.15  # it is fp8, and it is close
 
 
+def test_without_a_gpu_nothing_leaves_for_the_host_and_the_report_says_so() -> None:
+    model = build("llama")
+    for policy in ("offload", "full_offload"):
+        _, report = fuse(model, activations=policy)
+        assert report.activations == [policy] * 2
+        assert report.modules["layers.0"] == f"fused, activations {policy} (kept where they are: no GPU)"
+
+
 def test_the_report_is_short() -> None:
     lines = fuse(build("llama"))[1].lines()
     assert lines[1].startswith("layers.0 … layers.1: fused")

@@ -130,8 +130,11 @@ class HostStore:
         self._order.clear()
 
     def put(self, index: int, saved: Saved, policy: str) -> Saved:
-        """Starts the copies of layer `index`; returns what stays on the device."""
+        """Starts the copies of layer `index`, if its policy is one of `ON_HOST`; returns what stays on the
+        device. Every layer passes by: earlier copies are waited for here."""
         self._release(1 if policy == "offload" else 0)
+        if policy not in ON_HOST:
+            return saved
         self._stream.wait_stream(torch.cuda.current_stream())
         homes, held = self._homes.setdefault(index, {}), []
         for name in _WIDE:

@@ -224,7 +224,7 @@ class FusedLayer:
             gate_up_a, _ = p.gate_up.targets(gradients)
             if gate_up_a:
                 thin(v[:, : p.gate_up.rank], x2, rstd2, p.mlp_norm.factor, gate_up_a)
-            del gate_up
+            del gate_up, d_gate_up, v  # views of it, too
         into_o = None if p.attention_output_norm is not None else p.o.fp8_output(grad.shape[0])
         x2, saved.x2 = saved.x2, None
         d_x2 = self._norm_backward(p.mlp_norm, d_normed, x2, saved.rstd2, grad, p.o.border, into_o)
@@ -308,7 +308,7 @@ class _LayerFunction(torch.autograd.Function):
         x2 = saved.x2.view_as(saved.x2)  # an alias: the node must not hold its own output
         if call.training:
             saved = keep_only(saved, layer.policy)
-            if layer.policy in ON_HOST and layer.host is not None:
+            if layer.host is not None:
                 saved = layer.host.put(layer.index, saved, layer.policy)
             ctx.layer, ctx.call, ctx.saved, ctx.ours = layer, call, saved, ours
         return x2, out
