@@ -49,6 +49,16 @@ class Group:
         return 0 if self.fp8 else self.pad
 
     @property
+    def e4m3_input(self) -> int:
+        """Bytes a token of what enters the product, in e4m3 (`Projection.fp8_input`)."""
+        return self.k + self.pad if self.fp8 else 0
+
+    @property
+    def e4m3_output(self) -> int:
+        """Bytes a token of its gradient in e4m3 (`Projection.fp8_output`)."""
+        return self.n + self.pad if self.fp8 else 0
+
+    @property
     def extended(self) -> int:
         """Elements of the weight with its border."""
         return (self.n + self.pad) * (self.k + self.pad)
@@ -145,7 +155,7 @@ class FastPath:
         """The MLP's inner tensors where they are made for some rows at a time."""
         s, g = self.settings.dtype_bytes, self.groups
         inner = g["gate_up"].n + g["gate_up"].border + g["down"].k + g["down"].border
-        return min(self.settings.tokens, MLP_ROWS) * s * inner
+        return min(self.settings.tokens, MLP_ROWS) * (s * inner + g["down"].e4m3_input)
 
     def forward(self, policy: str) -> int:
         """What one layer's forward pass has in hand at most, its input from the layer below apart."""
@@ -156,7 +166,9 @@ class FastPath:
         outside = tokens * s * (h + h) + between + self._mlp_rows()  # x, the MLP's output
         if policy == "none":
             outside = self.kept("none") + tokens * s * (2 * h + g["down"].k + g["down"].border)
-        elif policy in ("mlp", "offload"):
+            outside += tokens * g["down"].e4m3_input
+        outside += tokens * g["gate_up"].e4m3_input
+        if policy in ("mlp", "offload"):
             outside += tokens * s * (g["qkv"].n + q)
         return max(inside, outside)
 
@@ -186,16 +198,18 @@ class FastPath:
     def _attention_work(self) -> int:
         """`attend_backward`: d_attended, dq, dk, dv, and what the operation sums up in."""
         s, q, kv, tokens = self.settings.dtype_bytes, self.shape.q, self.shape.kv, self.settings.tokens
+        given = self.groups["o"].e4m3_output  # what the MLP's half hands on in e4m3 lives on
         heads, most = max(1, kv * self.shape.heads // q), ACCUMULATED  # heads of the keys
         divisors = (n for n in range(1, heads + 1) if heads % n == 0)
         parts = next((n for n in divisors if 4 * tokens * q <= n * most), heads)
         sums = 4 * q + (2 * s * q if kv < q else 0)  # float32 dq; dk and dv of every query head
         found = s * (q + 2 * kv)
         if parts == 1:
-            return tokens * (s * q + found + sums)
+            return tokens * (given + s * q + found + sums)
         copied = found if tokens * self.groups["qkv"].n >= INT32 else 0
         copied += 2 * s * q if tokens * q >= INT32 else 0
-        return tokens * (found + (found + sums + copied) // parts)  # dq takes the place of d_attended
+        # dq takes the place of d_attended
+        return tokens * (given + found + (found + sums + copied) // parts)
 
     def head(self, *, backward: bool) -> int:
         """FusedHead.loss: what the last layer adds to the stream; of a chunk its logits, and rows gathered

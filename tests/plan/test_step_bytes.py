@@ -119,7 +119,7 @@ def as_on_a_gpu() -> Iterator[None]:
         yield
 
 
-def peak(policies: list[str], tokens: int, trained: bool = True) -> int:
+def peak(policies: list[str], tokens: int, *, trained: bool = True, base_gemm: str = "bf16") -> int:
     """Bytes of a step, or of a forward pass on held-out rows, beside weights and workspace."""
     config = LlamaConfig(**{**LLAMA3_8B, "num_hidden_layers": LAYERS})
     with META:
@@ -128,12 +128,18 @@ def peak(policies: list[str], tokens: int, trained: bool = True) -> int:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.main_grad = torch.empty(parameter.shape, dtype=torch.float32, device=META)  # type: ignore
-    forward, report = fuse_module.fuse(model, activations=policies, logits_bytes=512 << 20)
+    forward, report = fuse_module.fuse(
+        model, activations=policies, base_gemm=base_gemm, resident_bytes=0, logits_bytes=512 << 20
+    )
     assert not report.fallbacks
     forward.host = keep.HostStore(META)
     for layer in forward.layers:
         layer.host = forward.host
-    with Live([*model.parameters(), *(getattr(p, "main_grad", p) for p in model.parameters())]) as live:
+    there = [*model.parameters(), *(getattr(p, "main_grad", p) for p in model.parameters())]
+    for layer in forward.layers:
+        for group in layer.parts.projections:
+            there += [value for value in vars(group).values() if isinstance(value, Tensor)]
+    with Live(there) as live:
         ids = torch.empty((1, tokens), dtype=torch.int64, device=META)
         rows = torch.empty(tokens, dtype=torch.int64, device=META)
         weights = torch.empty(tokens, dtype=torch.float32, device=META)
@@ -146,23 +152,23 @@ def peak(policies: list[str], tokens: int, trained: bool = True) -> int:
     return live.peak - sum(buffer.nbytes for buffer in forward.workspace._buffers.values())
 
 
-def path_of(tokens: int) -> FastPath:
+def path_of(tokens: int, base_gemm: str = "bf16") -> FastPath:
     shape = from_config({**LLAMA3_8B, "num_hidden_layers": LAYERS})
-    return FastPath(shape, settings(rows=1, length=tokens, mean_length=float(tokens)))
+    return FastPath(shape, settings(rows=1, length=tokens, mean_length=float(tokens), fp8=base_gemm == "fp8"))
 
 
 MIXES = [[policy] * LAYERS for policy in keep.POLICIES]
 MIXES += [["full_offload", "full_offload", "full", "full"], ["mlp", "mlp", "none", "none"]]
 
 
-@pytest.mark.parametrize("tokens", [8_192, 350_208])
+@pytest.mark.parametrize(("tokens", "base_gemm"), [(8_192, "bf16"), (350_208, "bf16"), (65_536, "fp8")])
 @pytest.mark.parametrize("policies", MIXES, ids=lambda mix: f"{mix[0]}-{mix[-1]}")
-def test_planned_peak_is_that_of_the_tensors(policies: list[str], tokens: int) -> None:
+def test_planned_peak_is_that_of_the_tensors(policies: list[str], tokens: int, base_gemm: str) -> None:
     with as_on_a_gpu():
-        measured = peak(policies, tokens)
-    path = path_of(tokens)
+        measured = peak(policies, tokens, base_gemm=base_gemm)
+    path = path_of(tokens, base_gemm)
     step = memory.step_phase(path, path.settings, memory.fixed(path.shape, path.settings), policies, 0)
-    assert step.parts["activations"] + step.parts["logits"] == pytest.approx(measured, rel=0.005)
+    assert step.parts["activations"] + step.parts["logits"] == pytest.approx(measured, rel=0.01)
 
 
 @pytest.mark.parametrize("tokens", [2_048, 65_536])
@@ -170,5 +176,4 @@ def test_planned_evaluation_is_that_of_the_tensors(tokens: int) -> None:
     with as_on_a_gpu():
         measured = peak(["none"] * LAYERS, tokens, trained=False)
     path = path_of(tokens)
-    print("EVAL", max(path.evaluation(), path.head(backward=False)) / measured)
     assert max(path.evaluation(), path.head(backward=False)) == pytest.approx(measured, rel=0.02)
