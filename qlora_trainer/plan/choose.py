@@ -19,6 +19,7 @@ from qlora_trainer.plan.speed import micro_batch_seconds, optimizer_seconds, rep
 
 USABLE = 0.97  # of the device: the rest goes to fragmentation
 COMFORTABLE = 0.92  # of the device: with the margin by which the plan may be wrong left free
+ABOUT = 1.01  # times the smallest: not worth a slower mix
 HOST_SHARE = 0.7  # of the host's memory that activations may be pinned in
 UNKNOWN_FLOPS, UNKNOWN_BUS = 100e12, 25e9  # of a card that is not known, to weigh one against the other
 
@@ -57,7 +58,7 @@ def assumed(hardware: Hardware) -> Hardware:
 
 
 def choose(shape: ModelShape, settings: Settings, hardware: Hardware) -> Choice:
-    """The fastest choice that fits comfortably; if none does, the smallest."""
+    """The fastest choice that fits comfortably; if none does, the fastest of about the smallest."""
     assert settings.offload != "auto", "`decide` settles it"
     base, path = memory.fixed(shape, settings), memory.path_of(shape, settings)
     room = int(hardware.memory * COMFORTABLE)
@@ -96,7 +97,9 @@ def choose(shape: ModelShape, settings: Settings, hardware: Hardware) -> Choice:
             return min(fitting, key=seconds)
     least = min(_residencies(shape, settings))
     smallest = [_choice(mix, least, shape, settings) for mixes in ways for mix in mixes]
-    return min(smallest, key=lambda choice: step(choice).total)
+    totals = [step(choice).total for choice in smallest]
+    near = max(min(totals), min(min(totals) * ABOUT, budget(hardware)))
+    return min((choice for choice, total in zip(smallest, totals, strict=True) if total <= near), key=seconds)
 
 
 def graph_memory(step: memory.Phase) -> int:
