@@ -132,6 +132,7 @@ class Device:
             torch.cuda.synchronize()
             torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
+            torch._C._host_emptyCache()  # pinned memory of one cell is no use to the next
 
     def allocated(self) -> int:
         return torch.cuda.memory_allocated() if self.counted else 0

@@ -35,7 +35,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "quantization.bnb_4bit_compute_dtype": ("auto", "bfloat16", "float32", "float16"),
     "lora.dtype": ("bfloat16", "float32"),
     "train.lr_scheduler_type": schedule.NAMES,
-    "train.activations": ("auto", "none", "mlp", "full", "offload"),
+    "train.activations": ("auto", "none", "mlp", "full", "offload", "full_offload"),
     "train.base_gemm": ("bf16", "fp8"),
     "optim.name": optim.NAMES,
     "evaluate.task": ("none", "exact_match"),

@@ -111,7 +111,7 @@ ALIASES = {
     "block_size": "train.max_length",
     "sample_packing": "train.packing",
     "gradient_checkpointing": "train.activations (full recomputes every layer)",
-    "use_gradient_checkpointing": "train.activations (full recomputes every layer)",
+    "use_gradient_checkpointing": "train.activations (full or full_offload recompute every layer)",
     "optimizer": "optim.name",
     "save_every": "checkpoint.save_steps",
     "resume": "checkpoint.resume_from_checkpoint",

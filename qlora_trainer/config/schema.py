@@ -84,7 +84,8 @@ class TrainConfig:
     max_length: int = 512  # tokens
     packing: bool = False
     group_by_length: bool = False
-    activations: str = "auto"  # auto (the plan's mix) | none | mlp (recompute gate and up) | full | offload
+    activations: str = "auto"  # auto (the plan's mix) | none | mlp (recompute gate and up) | full (all but
+    # down) | offload, full_offload (as mlp and full, with what they keep in host memory)
     base_gemm: str = "bf16"  # bf16 | fp8, opt-in on Hopper and Ada: products with the frozen base in e4m3
     deterministic: bool = False
     logging_steps: int = 1

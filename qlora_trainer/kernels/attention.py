@@ -7,7 +7,9 @@ Comes in: q [M, Hq, D], k and v [M, Hk, D], possibly strided views of one projec
     other CUDA                             FlashAttention-2, variable lengths for packed rows
     CPU                                    the flash kernel of scaled_dot_product_attention
 
-Grouped-query heads are never repeated where the operation takes them as they are.
+Grouped-query heads are never repeated where the operation takes them as they are. Long sequences go
+through the backward pass some heads at a time: its float32 sums, and the keys' gradients before their
+groups are added, would take more memory than anything else of a layer.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import torch
 from torch import Tensor
 
 _aten = torch.ops.aten
+ACCUMULATED = 1 << 29  # bytes of float32 gradient that a backward pass may sum up in at once
+_INT32 = 1 << 31  # elements: what is larger does not reach an operation whole
 
 
 @dataclass
@@ -116,10 +120,52 @@ def _unrepeat(grad: Tensor, n: int) -> Tensor:
     return grad if n == 1 else grad.unflatten(1, (-1, n)).sum(2)
 
 
+def _parts(heads: int, size: int, most: int) -> int:
+    """The smallest divisor of the key `heads` that cuts `size` into parts of `most` or less; else all."""
+    return next((n for n in range(1, heads + 1) if heads % n == 0 and size <= n * most), heads)
+
+
+def _span(x: Tensor) -> int:
+    """Elements from the first of a [M, H, D] view to its last."""
+    return (x.shape[0] - 1) * x.stride(0) + x.shape[1] * x.shape[2]
+
+
+def _share(x: Tensor, part: int, parts: int) -> Tensor:
+    """The heads of one part: a view, or a copy where its rows lie too far apart for 32-bit offsets."""
+    heads = x.shape[1] // parts
+    view = x[:, part * heads : (part + 1) * heads]
+    return view if _span(x) < _INT32 else view.contiguous()
+
+
+def _head_axis(log_sum_exp: Tensor) -> int:
+    return 0 if log_sum_exp.dim() == 2 else 1  # [H, M] of packed rows, else [batch, H, length, …]
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None
 ) -> tuple[Tensor, State]:
     """Causal attention; `window` keeps the last `window` keys of each query (Mistral's convention)."""
+    parts = _parts(k.shape[1], max(_span(q), _span(k), _span(v)), _INT32 - 1)
+    if parts == 1:
+        return _attend(q, k, v, layout, scale, window)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    sums: list[Tensor] = []
+    rest: State = ()
+    width = q.shape[1] // parts
+    for part in range(parts):
+        some_q, some_k, some_v = (_share(x, part, parts) for x in (q, k, v))
+        heads, (log_sum_exp, *others) = _attend(some_q, some_k, some_v, layout, scale, window)
+        out[:, part * width : (part + 1) * width] = heads
+        assert log_sum_exp is not None
+        sums.append(log_sum_exp)
+        rest = tuple(others)
+        del some_q, some_k, some_v, heads
+    return out, (torch.cat(sums, _head_axis(sums[0])), *rest)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None
+) -> tuple[Tensor, State]:
     which = backend(q.device, layout, q.shape[-1], window)
     left = window - 1 if window is not None and window < layout.length else None
     if which == "flash":
@@ -150,7 +196,30 @@ def attend_backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, state: State, layout: Layout, scale: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q [M, Hq, D] and of k, v [M, Hk, D]."""
+    """Gradients of q [M, Hq, D] and of k, v [M, Hk, D]. That of q may take the place of `d_out`."""
+    parts = _parts(k.shape[1], 4 * q.numel(), ACCUMULATED)
+    if parts == 1:
+        return _attend_backward(d_out, q, k, v, out, state, layout, scale, window)
+    log_sum_exp, *rest = state
+    assert log_sum_exp is not None
+    shares = log_sum_exp.chunk(parts, _head_axis(log_sum_exp))
+    dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    for part, share in enumerate(shares):
+        some_d, some_q, some_k, some_v, some_out = (_share(x, part, parts) for x in (d_out, q, k, v, out))
+        found = _attend_backward(
+            some_d, some_q, some_k, some_v, some_out, (share.contiguous(), *rest), layout, scale, window
+        )
+        for whole, gradient in zip((d_out, dk, dv), found, strict=True):
+            heads = whole.shape[1] // parts
+            whole[:, part * heads : (part + 1) * heads] = gradient
+        del some_d, some_q, some_k, some_v, some_out, found, gradient
+    return d_out, dk, dv
+
+
+def _attend_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, state: State, layout: Layout, scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     which = backend(q.device, layout, q.shape[-1], window)
     left = window - 1 if window is not None and window < layout.length else None
     if which == "flash":

@@ -18,7 +18,7 @@ from .types import Fp8Rows
 
 @triton.jit
 def _rms_norm_forward_kernel(
-    x_ptr, delta_ptr, weight_ptr, total_ptr, out_ptr, rstd_ptr, values_ptr, scales_ptr, k,
+    x_ptr, delta_ptr, weight_ptr, out_ptr, rstd_ptr, values_ptr, scales_ptr, k,
     x_stride, delta_stride, out_stride, values_stride, eps, offset,
     ADD: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -29,7 +29,8 @@ def _rms_norm_forward_kernel(
     if ADD:
         delta = tl.load(delta_ptr + row * delta_stride + column, mask=inside, other=0.0)
         x = (x.to(tl.float32) + delta.to(tl.float32)).to(x.dtype)
-        tl.store(total_ptr + row * k + column, x, mask=inside)
+        tl.debug_barrier()  # in place: every read of the row comes before any write to it
+        tl.store(delta_ptr + row * delta_stride + column, x, mask=inside)
     value = x.to(tl.float32)
     rstd = tl.rsqrt(tl.sum(value * value, axis=0) / k + eps)
     tl.store(rstd_ptr + row, rstd)
@@ -59,6 +60,7 @@ def _rms_norm_backward_kernel(
     if RESIDUAL:
         dx += tl.load(residual_ptr + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
     out = dx.to(out_ptr.dtype.element_ty)
+    tl.debug_barrier()  # `out` may be `dy` or `residual`
     tl.store(out_ptr + row * out_stride + column, out, mask=inside)
     if FP8:
         store_row(out.to(tl.float32), row, column, inside, values_ptr, scales_ptr, values_stride)
@@ -79,13 +81,12 @@ def rms_norm(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `reference.rms_norm`."""
     m, k = x.shape
-    total = x if delta is None else torch.empty((m, k), dtype=x.dtype, device=x.device)
     rstd = torch.empty(m, dtype=torch.float32, device=x.device)
-    add = x if delta is None else delta
+    total = x if delta is None else delta
     block = triton.next_power_of_2(k)
     values, scales, values_stride = _fp8(rows, out)
     _rms_norm_forward_kernel[(m,)](
-        x, add, weight, total, out, rstd, values, scales, k, x.stride(0), add.stride(0), out.stride(0),
+        x, total, weight, out, rstd, values, scales, k, x.stride(0), total.stride(0), out.stride(0),
         values_stride, eps, offset, ADD=delta is not None, FP8=rows is not None, BLOCK=block,
         num_warps=_warps(block),
     )  # fmt: skip

@@ -63,10 +63,10 @@ def rms_norm(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Write RMSNorm(x + delta)·(weight + offset) into `out` [M, K], and `out` in e4m3 into `rows`.
 
-    Returns x + delta, rounded to x's dtype, and rstd, float32 [M]. `offset` is 1 where a checkpoint
-    stores weight - 1 (Gemma).
+    Returns x + delta, rounded to x's dtype, which takes the place of `delta`, and rstd, float32 [M].
+    `offset` is 1 where a checkpoint stores weight - 1 (Gemma).
     """
-    total = x if delta is None else x + delta
+    total = x if delta is None else delta.add_(x)
     value = _wide(total)
     rstd = torch.rsqrt(value.pow(2).mean(-1, keepdim=True) + eps)
     out.copy_(value * rstd * (_wide(weight) + offset))

@@ -21,7 +21,7 @@ from .forward import ReferenceForward
 from .fused.decoder import FusedForward, ModuleLayer
 from .fused.graph import GraphedMicroStep
 from .fused.head import FusedHead, ModuleHead
-from .fused.keep import POLICIES, HostStore
+from .fused.keep import ON_HOST, POLICIES, RECOMPUTED, HostStore
 from .fused.layer import FusedLayer
 from .fused.parts import LayerParts
 from .fused.projection import Projection, Workspace
@@ -122,7 +122,7 @@ def fuse(
     if base_gemm == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise ConfigError("train.base_gemm=fp8 needs an Ada or Hopper GPU; set train.base_gemm=bf16")
     make = Fp8Projection if base_gemm == "fp8" else Projection
-    host = HostStore(device) if "offload" in policies and device.type == "cuda" else None
+    host = HostStore(device) if {*policies} & {*ON_HOST} and device.type == "cuda" else None
 
     layers: list[FusedLayer | ModuleLayer] = []
     parts_of: list[LayerParts] = []
@@ -133,11 +133,8 @@ def fuse(
             parts = recognise(module, name, config, operations, workspace, make)
         except Declined as why:
             layer_type = layer_type_of(module, module.self_attn)
-            layers.append(
-                ModuleLayer(
-                    module, layer_type, window_of(module.self_attn, config), policy in ("full", "offload")
-                )
-            )
+            recompute = policy in (*RECOMPUTED, *ON_HOST)
+            layers.append(ModuleLayer(module, layer_type, window_of(module.self_attn, config), recompute))
             layer_types.append(layer_type)
             report.modules[name] = f"reference: {why}"
             continue
@@ -145,7 +142,7 @@ def fuse(
         parts_of.append(parts)
         layer_types.append(parts.layer_type)
         report.modules[name] = f"fused, activations {policy}" + (
-            " (kept where they are: no GPU)" if policy == "offload" and host is None else ""
+            " (kept where they are: no GPU)" if policy in ON_HOST and host is None else ""
         )
     everything = base_gemm == "fp8" or (device.type == "cpu" and resident_bytes is None)
     report.resident_bytes = _make_resident(parts_of, float("inf") if everything else resident_bytes or 0)

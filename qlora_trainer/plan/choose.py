@@ -7,6 +7,7 @@ optimizer state on the device; what costs the fewest seconds for each byte it fr
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import product
 
 from qlora_trainer.plan import memory
 from qlora_trainer.plan.fast_path import FastPath
@@ -18,6 +19,7 @@ from qlora_trainer.plan.speed import micro_batch_seconds, optimizer_seconds, rep
 
 USABLE = 0.97  # of the device: the rest goes to fragmentation
 COMFORTABLE = 0.92  # of the device: with the margin by which the plan may be wrong left free
+ABOUT = 1.01  # times the smallest: not worth a slower mix
 HOST_SHARE = 0.7  # of the host's memory that activations may be pinned in
 UNKNOWN_FLOPS, UNKNOWN_BUS = 100e12, 25e9  # of a card that is not known, to weigh one against the other
 
@@ -56,14 +58,14 @@ def assumed(hardware: Hardware) -> Hardware:
 
 
 def choose(shape: ModelShape, settings: Settings, hardware: Hardware) -> Choice:
-    """The fastest choice that fits comfortably; if none does, the smallest."""
+    """The fastest choice that fits comfortably; if none does, the fastest of about the smallest."""
     assert settings.offload != "auto", "`decide` settles it"
     base, path = memory.fixed(shape, settings), memory.path_of(shape, settings)
     room = int(hardware.memory * COMFORTABLE)
-    mixes = _mixes(path, shape, settings)
-    if len(mixes) > 1 and hardware.host_memory is not None:
+    ways = [_mixes(path, shape, settings, order) for order in _orders(path, shape, settings)]
+    if hardware.host_memory is not None:
         pinned = HOST_SHARE * hardware.host_memory
-        mixes = [mix for mix in mixes if sum(path.on_host(policy) for policy in mix) <= pinned]
+        ways = [[mix for mix in way if sum(path.on_host(p) for p in mix) <= pinned] or way for way in ways]
 
     def step(choice: Choice) -> memory.Phase:
         return memory.step_phase(path, settings, base, choice.policies, choice.state)
@@ -85,7 +87,7 @@ def choose(shape: ModelShape, settings: Settings, hardware: Hardware) -> Choice:
 
     for evaluated in (evaluation, lambda choice: 0):  # what evaluation alone forbids, no policy mends
         fitting = []
-        for resident in _residencies(shape, settings):
+        for resident, mixes in product(_residencies(shape, settings), ways):
             choices = [_choice(mix, resident, shape, settings) for mix in mixes]
             found = next((choice for choice in choices if step(choice).total <= room), None)
             if found is not None and (after := evaluated(found)) <= budget(hardware):
@@ -93,8 +95,11 @@ def choose(shape: ModelShape, settings: Settings, hardware: Hardware) -> Choice:
                 fitting.append(_fill(found, step(found), left, path, settings))
         if fitting:
             return min(fitting, key=seconds)
-    smallest = [_choice(mix, min(_residencies(shape, settings)), shape, settings) for mix in mixes]
-    return min(smallest, key=lambda choice: step(choice).total)
+    least = min(_residencies(shape, settings))
+    smallest = [_choice(mix, least, shape, settings) for mixes in ways for mix in mixes]
+    totals = [step(choice).total for choice in smallest]
+    near = max(min(totals), min(min(totals) * ABOUT, budget(hardware)))
+    return min((choice for choice, total in zip(smallest, totals, strict=True) if total <= near), key=seconds)
 
 
 def graph_memory(step: memory.Phase) -> int:
@@ -142,16 +147,13 @@ def _choice(policies: tuple[str, ...], resident: int, shape: ModelShape, setting
     return Choice(policies, resident, state - resident, slots)
 
 
-def _mixes(path: FastPath | ReferencePath, shape: ModelShape, settings: Settings) -> list[tuple[str, ...]]:
-    """Policies of all layers, from the fastest mix to the smallest; lower layers recompute first."""
-    if settings.activations != "auto":
-        return [
-            (settings.activations if settings.activations in path.policies else path.policies[-1],)
-            * shape.layers
-        ]
-    policies = ["none"] * shape.layers
+def _mixes(
+    path: FastPath | ReferencePath, shape: ModelShape, settings: Settings, order: list[str]
+) -> list[tuple[str, ...]]:
+    """Policies of all layers, from the largest mix to the smallest; lower layers change first."""
+    policies = [order[0]] * shape.layers
     mixes = [tuple(policies)]
-    for policy in _steps(path, shape, settings):
+    for policy in order[1:]:
         if not settings.fast:  # transformers recomputes in all layers or in none
             mixes.append((policy,) * shape.layers)
             continue
@@ -161,16 +163,21 @@ def _mixes(path: FastPath | ReferencePath, shape: ModelShape, settings: Settings
     return mixes
 
 
-def _steps(path: FastPath | ReferencePath, shape: ModelShape, settings: Settings) -> list[str]:
-    """Policies in the order in which layers should take them, by the work for each byte freed."""
+def _orders(path: FastPath | ReferencePath, shape: ModelShape, settings: Settings) -> list[list[str]]:
+    """Policies in the orders in which layers may take them: first by the work for each byte freed, then
+    what takes the bus and host memory, either a little of them or less of the device's time."""
+    if settings.activations != "auto":
+        known = settings.activations in path.policies
+        return [[settings.activations if known else "full"]]
 
     def price(before: str, after: str) -> float:
         work = [repeated_work(shape, settings, path.repeats(policy)) for policy in (after, before)]
         return (work[0] - work[1]) / (path.kept(before) - path.kept(after))
 
-    last = ["full"]
-    if "offload" in path.policies and path.kept("offload") < path.kept("full"):
-        last.append("offload")  # takes host memory and the bus: where nothing else fits
-    if "mlp" not in path.policies or price("none", "mlp") > price("none", "full"):
-        return last  # what lies above the line from one end to the other is never worth it
-    return ["mlp", *last]
+    first = ["none"]
+    # what lies above the line from one end to the other is never worth it
+    if "mlp" in path.policies and price("none", "mlp") <= price("none", "full"):
+        first.append("mlp")
+    first.append("full")
+    hosts = [policy for policy in ("full_offload", "offload") if path.on_host(policy)]
+    return [[*first, policy] for policy in hosts] or [first]

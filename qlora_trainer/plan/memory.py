@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import accumulate
 
 from qlora_trainer.plan.fast_path import FastPath
@@ -136,15 +137,26 @@ def step_phase(
 ) -> Phase:
     """One micro-batch, forward and backward, at its largest: its parts at the moment of the peak.
 
-    That moment is the head's, when every layer's tensors are kept, or the backward pass of some layer,
-    when those of the layers above are gone.
+    That moment is the head's, when every layer's tensors are kept, or some layer's: its forward pass, or its
+    backward pass, when those of the layers above are gone.
     """
-    each = {policy: (path.kept(policy), path.work(policy)) for policy in set(policies)}
-    kept = list(accumulate(each[policy][0] for policy in policies))
-    head = path.head(backward=True) + path.in_flight(policies)
-    layer = max(below + each[policy][1] for policy, below in zip(policies, kept, strict=True))
-    peak = max(kept[-1] + head, layer)
-    activations = kept[-1] if peak > layer else peak
+    policies = tuple(policies)
+    work = {policy: (path.forward(policy), path.work(policy)) for policy in set(policies)}
+    kept = [0, *accumulate(path.kept(policy) for policy in policies)]
+
+    @cache
+    def handed_on(last: tuple[str, ...]) -> int:
+        return path.stream(last) + path.leaving(last)
+
+    head = path.head(backward=True) + handed_on(policies[-2:])
+    layer = 0
+    for i, policy in enumerate(policies):
+        forward, backward = work[policy]
+        below = handed_on(policies[max(0, i - 2) : i])
+        layer = max(layer, kept[i] + below + forward, kept[i + 1] + backward)
+    layer, kept_all = layer + path.inputs(), kept[-1] + path.inputs()
+    peak = max(kept_all + head, layer)
+    activations = kept_all if peak > layer else peak
     parts = _parts(base, settings, state, dequantized)
     return Phase("step", parts | {
         "activations": activations,

@@ -30,7 +30,17 @@ class ReferencePath:
     def on_host(self, policy: str) -> int:
         return 0
 
-    def in_flight(self, policies: Sequence[str]) -> int:
+    def leaving(self, policies: Sequence[str]) -> int:
+        return 0
+
+    def stream(self, policies: Sequence[str]) -> int:
+        return 0
+
+    def inputs(self) -> int:
+        return 0
+
+    def forward(self, policy: str) -> int:
+        """No more than the backward pass needs."""
         return 0
 
     def repeats(self, policy: str) -> str:

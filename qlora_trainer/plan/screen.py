@@ -82,9 +82,12 @@ def _time(plan: RunPlan) -> str:
 
 def _explained(policies: str) -> str:
     """`none` alone says little to whoever meets it first."""
-    return {"none": "none: nothing is recomputed", "full": "full: every layer is recomputed"}.get(
-        policies, policies
-    )
+    explained = {
+        "none": "none: nothing is recomputed",
+        "full": "full: every layer is recomputed",
+        "full_offload": "full_offload: every layer is recomputed from its input, which waits in host memory",
+    }
+    return explained.get(policies, policies)
 
 
 def _against(parts: Mapping[str, int], have: int | None) -> str:

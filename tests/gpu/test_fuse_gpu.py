@@ -94,7 +94,7 @@ def test_error_to_float32_is_no_larger_than_the_references(family: str, layout: 
     truth_loss, truth = gradients(exact, ReferenceForward(exact), batch)
     _, plain = gradients(model, ReferenceForward(model), batch)
     reference = distance(plain, truth)
-    for policy in ("none", "mlp", "full", "offload"):
+    for policy in ("none", "mlp", "full", "offload", "full_offload"):
         forward, report = fuse(model, activations=policy, mlp_rows=128)
         assert not report.fallbacks
         loss, found = gradients(model, forward, batch)
@@ -134,7 +134,40 @@ def test_resident_copies_change_nothing() -> None:
     assert all(torch.equal(found[n], other[n]) for n in found)
 
 
-@pytest.mark.parametrize("policy", ["none", "offload"])
+@pytest.mark.parametrize(("policy", "on_host"), [("mlp", "offload"), ("full", "full_offload")])
+def test_what_waits_on_the_host_comes_back_as_it_was(policy: str, on_host: str) -> None:
+    """Row by row in other lengths too, whose copies go through the same pinned memory; and in mixes."""
+    model = build("llama")
+    plain, _ = fuse(model, activations=policy)
+    for policies in ([on_host, on_host], [on_host, policy], [policy, on_host]):
+        away, _ = fuse(model, activations=policies)
+        for lengths in ([200, 137, 190], [40, 31], [300, 260, 1]):
+            batch = collate([[d] for d in documents(lengths, vocab=900)])
+            loss, expected = gradients(model, plain, batch)
+            other, found = gradients(model, away, batch)
+            assert torch.equal(loss, other)
+            assert all(torch.equal(found[n], expected[n]) for n in expected)
+
+
+def test_captured_steps_of_several_lengths_share_pinned_memory() -> None:
+    """The longer one comes second: what the first captured must stay where it was."""
+    model = build("llama")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for p in parameters:
+        p.main_grad = torch.zeros_like(p, dtype=torch.float32)
+    step = GraphedMicroStep(fuse(model, activations="full_offload")[0], parameters)
+    step.scale.fill_(0.01)
+    short, long = (collate([[d] for d in documents(n, vocab=900)]) for n in ([60, 40], [200, 137, 190]))
+    seen: dict[int, list[Tensor]] = {}
+    for batch in (short, short, long, long, short, long, short):
+        for p in parameters:
+            p.main_grad.zero_()
+        found = [step(batch).clone(), *(p.main_grad.clone() for p in parameters)]
+        expected = seen.setdefault(batch.input_ids.numel(), found)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("policy", ["none", "offload", "full_offload"])
 @pytest.mark.parametrize("layout", ["dense", "packed"])
 def test_a_captured_micro_step_repeats_the_eager_one(layout: str, policy: str) -> None:
     model, batch = build("llama"), batches()[layout]

@@ -27,7 +27,7 @@ def room(grid: ModuleType):
 
 
 @pytest.mark.parametrize("base_gemm", ["bf16", "fp8"])
-@pytest.mark.parametrize("policy", ["none", "mlp", "full", "offload"])
+@pytest.mark.parametrize("policy", ["none", "mlp", "full", "offload", "full_offload"])
 def test_peak_is_within_five_percent(grid: ModuleType, room, policy: str, base_gemm: str) -> None:
     asked = grid.Cell("small", 16, 4, 2048, policy, keys={"train.base_gemm": base_gemm})
     cell, plan = grid.plan_of(asked, room.device)

@@ -103,7 +103,9 @@ def test_norm_with_residual_and_its_gradient(fast: Operations, m: int, k: int, o
     y.backward(dy.double())
     for operations in (PLAIN, fast):
         out = wide(m, k, 5)
-        stream, rstd = operations.rms_norm(x, delta, weight, 1e-5, offset, out[:, :k])
+        added = delta.clone()
+        stream, rstd = operations.rms_norm(x, added, weight, 1e-5, offset, out[:, :k])
+        assert stream is added
         close(stream, total)
         close(out[:, :k], y)
         alone = wide(m, k, 0)
@@ -113,6 +115,9 @@ def test_norm_with_residual_and_its_gradient(fast: Operations, m: int, k: int, o
         operations.rms_norm_backward(dy, stream, rstd, weight, offset, residual, dx[:, :k])
         assert a.grad is not None
         close(dx[:, :k], a.grad + residual)
+        replaced = residual.clone()
+        operations.rms_norm_backward(dy, stream, rstd, weight, offset, replaced, replaced)
+        assert torch.equal(replaced, dx[:, :k])
         assert out[:, k:].isnan().all() and dx[:, k:].isnan().all()
 
 

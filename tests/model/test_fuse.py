@@ -25,7 +25,7 @@ FAMILIES: dict[str, dict] = {
     "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 16, "head_dim": 16},
     "phi3": {},
 }
-POLICIES = ("none", "mlp", "full", "offload")
+POLICIES = ("none", "mlp", "full", "offload", "full_offload")
 tiny.ARCHITECTURES.setdefault("gemma3_text", dict(tiny.GATED))
 
 
@@ -240,6 +240,14 @@ def test_fp8_products_stay_within_their_rounding() -> None:
     error = sum((found[n] - exact[n]).pow(2).sum() for n in exact)
     error = error / sum(g.pow(2).sum() for g in exact.values())
     assert 1e-4 < error**0.5 < 0.15  # it is fp8, and it is close
+
+
+def test_without_a_gpu_nothing_leaves_for_the_host_and_the_report_says_so() -> None:
+    model = build("llama")
+    for policy in ("offload", "full_offload"):
+        _, report = fuse(model, activations=policy)
+        assert report.activations == [policy] * 2
+        assert report.modules["layers.0"] == f"fused, activations {policy} (kept where they are: no GPU)"
 
 
 def test_the_report_is_short() -> None:

@@ -57,7 +57,7 @@ def saved_bytes(forward: FusedForward, policy: str) -> int:
 
 
 @pytest.mark.parametrize("base_gemm", ["bf16", "fp8"])
-@pytest.mark.parametrize("policy", ["none", "mlp", "full", "offload"])
+@pytest.mark.parametrize("policy", ["none", "mlp", "full", "offload", "full_offload"])
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma3_text"])
 def test_layers_keep_what_the_formula_says(family: str, policy: str, base_gemm: str) -> None:
     forward, path = fused(family, 8, activations=policy, base_gemm=base_gemm)

@@ -92,7 +92,17 @@ def test_what_the_budget_does_not_hold_is_named(grid, monkeypatch, tmp_path) -> 
 def test_the_grid_holds_what_it_promises(grid) -> None:
     names = " ".join(cell.name for cell in grid.CELLS)
     shapes = ["7B", "8B", "13B", "65B", "70B", "r=8 ", "r=16 ", "r=64 ", "x512", "x2048", "x8192", "longest"]
-    ways = [" none", " mlp", " full", " offload", "adamw_8bit", "offload=layers", "fp8", "in 24 GiB"]
+    ways = [
+        " none",
+        " mlp",
+        " full",
+        " offload",
+        " full_offload",
+        "adamw_8bit",
+        "offload=layers",
+        "fp8",
+        "in 24 GiB",
+    ]
     for what in shapes + ways:
         assert what in names, what
     assert len({cell.name for cell in grid.CELLS}) == len(grid.CELLS)

@@ -11,6 +11,7 @@ from rich.console import Console
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.plan import hardware, screen
+from qlora_trainer.plan.choose import HOST_SHARE
 from qlora_trainer.plan.plan import RunPlan, check, compare, make_plan
 from qlora_trainer.plan.settings import DataFacts
 from tests.plan.sizes import llama3_8b
@@ -98,6 +99,27 @@ def test_activations_leave_for_the_host_where_nothing_else_fits() -> None:
     assert found.host["offloaded activations"] > 10 << 30
     assert not plan("RTX 4090", long, ("train.activations", "full")).fits
     assert "offload" not in plan("H100", long).policies
+
+
+def test_only_inputs_of_layers_leave_where_host_memory_binds() -> None:
+    long = config(("train.max_length", 100_000))
+    card = replace(hardware.parse("RTX 4090"), host_memory=40 << 30)
+    found = make_plan(long, card, llama3_8b())
+    assert found.fits and "full_offload" in found.policies and "offload" not in found.policies
+    assert "full" in found.policies  # no layer's leaves without need
+    per_layer = 100_000 * 4096 * 2
+    assert found.host["offloaded activations"] == found.policies.count("full_offload") * per_layer
+    assert not make_plan(long, replace(card, host_memory=8 << 30), llama3_8b()).fits
+    roomy = make_plan(long, replace(card, host_memory=256 << 30), llama3_8b())
+    assert "offload" in roomy.policies and roomy.seconds_per_step < found.seconds_per_step
+
+
+def test_published_lengths_of_peers_fit_with_128_gib_of_ram() -> None:
+    """Unsloth's of an 8B model: 78,475 tokens in 24 GiB, 342,733 in 80."""
+    for gpu, gib, length in (("H100", 24, 80_000), ("H100", 79.2, 350_000)):
+        card = replace(hardware.parse(gpu), memory=int(gib * (1 << 30)), host_memory=128 << 30)
+        found = make_plan(config(("train.max_length", length)), card, llama3_8b())
+        assert found.fits and found.pinned <= HOST_SHARE * (128 << 30), length
 
 
 def test_host_memory_that_cannot_be_pinned_is_refused() -> None:

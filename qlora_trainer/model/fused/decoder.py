@@ -105,7 +105,6 @@ class FusedForward:
         self.workspace.generation += 1
         if self.host is not None:
             self.host.reset()
-        hidden = inputs.hidden if inputs.hidden is not None else self.embed(inputs.input_ids)
         call = Call(
             inputs.layout,
             self.rotary(inputs.position_ids),
@@ -113,7 +112,7 @@ class FusedForward:
             inputs.position_ids,
             inputs.document_ids,
         )
-        x: Tensor = hidden.flatten(0, 1)
+        x: Tensor = (self.embed(inputs.input_ids) if inputs.hidden is None else inputs.hidden).flatten(0, 1)
         delta: Tensor | None = None
         for layer in self.layers:
             x, delta = layer(x, delta, call)

@@ -58,40 +58,48 @@ class FusedHead:
         """Sum of weights·cross-entropy, float32 scalar, of the stream x + delta [M, h]."""
         return _HeadFunction.apply(x, delta, self, supervised)
 
-    def losses(
-        self, x: Tensor, delta: Tensor | None, s: Supervised, d_normed: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        """(loss sum, stream [S, h], rstd [S]); fills `d_normed` [S, h] if given; x, delta [S, h]."""
-        normed = torch.empty_like(x)
-        norm = self.norm
-        total, rstd = self.operations.rms_norm(x, delta, norm.weight, norm.eps, norm.offset, normed)
+    def loss(self, x: Tensor, delta: Tensor | None, s: Supervised, grad: Tensor | None) -> Tensor:
+        """Loss sum of the stream x + delta [M, h]; fills `grad` [S, h] of its supervised rows, if given."""
         losses = []
-        for start in range(0, x.shape[0], self.chunk):
-            rows = slice(start, start + self.chunk)
-            logits = normed[rows] @ self.weight.T
-            losses.append(
-                self.operations.cross_entropy_(logits, s.targets[rows], s.weights[rows], self.softcap)
-            )
-            if d_normed is not None:
-                torch.mm(logits, self.weight, out=d_normed[rows])
-            del logits
-        return torch.cat(losses).sum().float(), total, rstd
+        for start in range(0, len(s.rows), self.chunk):
+            part = slice(start, start + self.chunk)
+            rows, targets, weights = s.rows[part], s.targets[part], s.weights[part]
+            into = None if grad is None else grad[part]
+            losses.append(self._chunk_loss(x, delta, rows, targets, weights, into))
+        return torch.cat(losses).sum().float()
+
+    def _chunk_loss(
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        rows: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        grad: Tensor | None,
+    ) -> Tensor:
+        """Weighted losses of some supervised rows; their logits live no longer."""
+        norm, operations = self.norm, self.operations
+        x = x.index_select(0, rows)
+        delta = None if delta is None else delta.index_select(0, rows)
+        normed = torch.empty_like(x)
+        total, rstd = operations.rms_norm(x, delta, norm.weight, norm.eps, norm.offset, normed)
+        logits = normed @ self.weight.T
+        losses = operations.cross_entropy_(logits, targets, weights, self.softcap)
+        if grad is not None:
+            torch.mm(logits, self.weight, out=grad)
+            operations.rms_norm_backward(grad, total, rstd, norm.weight, norm.offset, None, grad)
+        return losses
 
 
 class _HeadFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, delta: Tensor | None, head: FusedHead, s: Supervised) -> Tensor:
         m, h = x.shape
-        x = x.index_select(0, s.rows)
-        delta = None if delta is None else delta.index_select(0, s.rows)
-        needs = any(ctx.needs_input_grad)
-        d_normed = torch.empty_like(x) if needs else None
-        loss, total, rstd = head.losses(x, delta, s, d_normed)
-        if d_normed is not None:
-            norm = head.norm
-            head.operations.rms_norm_backward(d_normed, total, rstd, norm.weight, norm.offset, None, d_normed)
-            ctx.grad, ctx.rows, ctx.shape, ctx.border = d_normed, s, (m, h), head.border
-        return loss
+        if not any(ctx.needs_input_grad):
+            return head.loss(x, delta, s, None)
+        ctx.grad = x.new_empty((len(s.rows), h))
+        ctx.rows, ctx.shape, ctx.border = s.rows, (m, h), head.border
+        return head.loss(x, delta, s, ctx.grad)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -99,7 +107,7 @@ class _HeadFunction(torch.autograd.Function):
         m, h = ctx.shape
         wide = ctx.grad.new_zeros((m, h + ctx.border))
         # padding repeats row 0 with a zero gradient, so rows are added, not assigned
-        wide[:, :h].index_add_(0, ctx.rows.rows, ctx.grad * grad.to(ctx.grad.dtype))
+        wide[:, :h].index_add_(0, ctx.rows, ctx.grad.mul_(grad.to(ctx.grad.dtype)))
         ctx.grad = None
         dx = wide[:, :h]
         return dx, dx if ctx.needs_input_grad[1] else None, None, None

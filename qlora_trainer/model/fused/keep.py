@@ -1,11 +1,13 @@
 """What a layer keeps from its forward to its backward pass, and where: the activation policy.
 
-Per layer, in bytes a token (8B shape, bfloat16, r=16):
+Per layer, in bytes a token on the device and in pinned host memory (8B shape, bfloat16, r=16):
 
-    none     x, q/k/v, attention output, x2, gate/up   92 KB   no recomputation
-    mlp      all of that but gate/up                   36 KB   gate/up again (+23% FLOPs)
-    offload  as mlp, in pinned host memory              0 KB   the same, and two copies over the bus
-    full     x                                          8 KB   everything but the down projection
+                 device   host
+    none          92 KB     0    x, q/k/v, attention output, x2, gate/up: no recomputation
+    mlp           36 KB     0    all of that but gate/up, which runs again (+23% FLOPs)
+    offload        0 KB  36 KB   as mlp, and two copies over the bus
+    full           8 KB     0    x: everything but the down projection runs again
+    full_offload   0 KB   8 KB   as full, and two copies over the bus
 
 The normed activations, the activation of the MLP and every operand of the adapters' thin products
 are made again from these or are a few columns wide.
@@ -14,6 +16,7 @@ are made again from these or are a few columns wide.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -21,7 +24,9 @@ from torch import Tensor
 
 from qlora_trainer.kernels.attention import State
 
-POLICIES = ("none", "mlp", "full", "offload")
+POLICIES = ("none", "mlp", "full", "offload", "full_offload")
+RECOMPUTED = ("full", "full_offload")  # from x
+ON_HOST = ("offload", "full_offload")
 
 
 @dataclass
@@ -51,26 +56,69 @@ _WIDE = ("x", "qkv", "attended", "y_attention", "x2", "y_mlp")  # what is worth 
 
 
 def keep_only(saved: Saved, policy: str) -> Saved:
-    """What `policy` keeps on the device (offload: before the copies)."""
+    """What `policy` keeps (before the copies, where they follow)."""
     if policy == "none":
         return saved
-    if policy == "full":
+    if policy in RECOMPUTED:
         return Saved(**{f.name: getattr(saved, f.name) for f in fields(Saved) if f.name in _FULL})
     saved.gate_up = saved.u_gate_up = None
     return saved
 
 
+class _Home:
+    """Pinned memory for one tensor of one layer, in pieces; it grows to the largest that came and stays.
+
+    PyTorch's allocator of pinned memory rounds every request up to a power of two: a tensor in one piece
+    could take twice its size. Pieces are kept for good because captured graphs copy to their addresses.
+    """
+
+    def __init__(self) -> None:
+        self.pieces: list[Tensor] = []
+        self.shape, self.dtype = torch.Size(), torch.float32
+
+    def put(self, tensor: Tensor) -> None:
+        """Starts copying a contiguous `tensor` here."""
+        self.shape, self.dtype = tensor.shape, tensor.dtype
+        missing = tensor.nbytes - sum(piece.numel() for piece in self.pieces)
+        self.pieces += [torch.empty(n, dtype=torch.uint8, pin_memory=True) for n in pieces(missing)]
+        for piece, part in self._pairs(tensor):
+            piece.copy_(part, non_blocking=True)
+
+    def get(self, tensor: Tensor) -> None:
+        """Starts copying what is here into `tensor`."""
+        for piece, part in self._pairs(tensor):
+            part.copy_(piece, non_blocking=True)
+
+    def _pairs(self, tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        left = tensor.view(-1).view(torch.uint8)
+        for piece in self.pieces:
+            n = min(piece.numel(), left.numel())
+            if n:
+                yield piece[:n], left[:n]
+            left = left[n:]
+
+
+def pieces(size: int, smallest: int = 1 << 20) -> list[int]:
+    """Powers of two that add up to `size` bytes, the largest first; what is below `smallest` stays whole."""
+    found = []
+    while size >= smallest:
+        found.append(1 << (size.bit_length() - 1))
+        size -= found[-1]
+    return [*found, size] if size > 0 else found
+
+
 class HostStore:
     """Saved tensors of offloaded layers in pinned memory, moved on a stream of their own.
 
-    Going out, a device tensor stays alive until its copy has ended, checked when the next layer but
-    one arrives: no more than two layers are in flight. Coming back, a layer's copies start when the
-    backward pass of the layer above begins. The pinned buffers are made once and reused.
+    Going out, a device tensor stays alive until its copy has ended, checked when a later layer arrives:
+    the next, or under `offload`, whose copies take about as long as a layer, the next but one. Coming
+    back, a layer's copies start when the backward pass of the offloaded layer above begins. Pinned
+    memory is made once and reused.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
-        self._pinned: dict[tuple[int, str], Tensor] = {}
+        self._homes: dict[int, dict[str, _Home]] = {}
         self._leaving: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
         self._arriving: dict[int, tuple[torch.cuda.Event, dict[str, Tensor]]] = {}
         self._order: list[int] = []  # layers put away in this pass, in order
@@ -81,25 +129,23 @@ class HostStore:
         self._arriving.clear()
         self._order.clear()
 
-    def put(self, index: int, saved: Saved) -> Saved:
-        """Starts the copies of layer `index`; returns what stays on the device."""
-        self._release(1)
+    def put(self, index: int, saved: Saved, policy: str) -> Saved:
+        """Starts the copies of layer `index`, if its policy is one of `ON_HOST`; returns what stays on the
+        device. Every layer passes by: earlier copies are waited for here."""
+        self._release(1 if policy == "offload" else 0)
+        if policy not in ON_HOST:
+            return saved
         self._stream.wait_stream(torch.cuda.current_stream())
-        held = []
-        with torch.cuda.stream(self._stream):
-            for name in _WIDE:
-                tensor: Tensor | None = getattr(saved, name)
-                if tensor is None:
-                    continue
-                key = (index, name)
-                if key not in self._pinned or self._pinned[key].shape != tensor.shape:
-                    self._pinned[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-                self._pinned[key].copy_(tensor, non_blocking=True)
-                held.append(tensor)
-                setattr(saved, name, None)
-            event = torch.cuda.Event()
-            event.record()
-        self._leaving.append((event, held))
+        homes, held = self._homes.setdefault(index, {}), []
+        for name in _WIDE:
+            tensor: Tensor | None = getattr(saved, name)
+            if tensor is None:
+                continue
+            with torch.cuda.stream(self._stream):
+                homes.setdefault(name, _Home()).put(tensor)
+            held.append(tensor)
+            setattr(saved, name, None)
+        self._leaving.append((self._stream.record_event(), held))
         self._order.append(index)
         return saved
 
@@ -110,18 +156,15 @@ class HostStore:
             held.clear()
 
     def _start(self, index: int) -> None:
-        names = [name for name in _WIDE if (index, name) in self._pinned]
         back = {
-            name: torch.empty_like(self._pinned[index, name], device=self._stream.device, pin_memory=False)
-            for name in names
+            name: torch.empty(home.shape, dtype=home.dtype, device=self._stream.device)
+            for name, home in self._homes[index].items()
         }
         self._stream.wait_stream(torch.cuda.current_stream())  # the new memory may still be in use there
         with torch.cuda.stream(self._stream):
             for name, tensor in back.items():
-                tensor.copy_(self._pinned[index, name], non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self._arriving[index] = (event, back)
+                self._homes[index][name].get(tensor)
+        self._arriving[index] = (self._stream.record_event(), back)
 
     def get(self, index: int, saved: Saved) -> Saved:
         """The layer's tensors back on the device; starts fetching the layer below."""

@@ -2,7 +2,8 @@
 
 Comes in: the residual stream as (x, delta), whose sum is meant; goes out: the next (x2, delta). The
 addition happens inside the next norm, where both are read anyway. Backward: the gradient of the sum,
-which is the gradient of both. No gradient of a frozen weight exists anywhere.
+which is the gradient of both: one buffer that travels from the head to the embedding, each layer adding
+its branches in place. No gradient of a frozen weight exists anywhere.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from qlora_trainer.kernels import Fp8Rows, Operations
 from qlora_trainer.kernels.attention import Layout, attend, attend_backward
 
-from .keep import HostStore, Saved, keep_only
+from .keep import ON_HOST, RECOMPUTED, HostStore, Saved, keep_only
 from .parts import LayerParts, Norm
 from .projection import Gradients
 
@@ -37,14 +38,22 @@ class Call:
     document_ids: Tensor | None
 
 
-def widen(x: Tensor, border: int) -> Tensor:
-    """`x` [M, K] with `border` spare columns: its own buffer where it has them, else a copy."""
+def with_border(x: Tensor, border: int) -> Tensor | None:
+    """The buffer of `x` [M, K] with `border` spare columns, where it has them."""
     m, k = x.shape
     start, width = x.storage_offset(), k + border
     room = x.untyped_storage().nbytes() // x.element_size() - start
     if x.stride() == (width, 1) and start == 0 and room >= m * width:
         return x.as_strided((m, width), (width, 1))
-    wide = torch.empty((m, width), dtype=x.dtype, device=x.device)
+    return None
+
+
+def widen(x: Tensor, border: int) -> Tensor:
+    """`x` [M, K] with `border` spare columns: its own buffer where it has them, else a copy."""
+    m, k = x.shape
+    if (own := with_border(x, border)) is not None:
+        return own
+    wide = torch.empty((m, k + border), dtype=x.dtype, device=x.device)
     _copy_rows(x, wide[:, :k])
     return wide
 
@@ -165,8 +174,10 @@ class FusedLayer:
         self, norm: Norm, dy: Tensor, x: Tensor, rstd: Tensor, residual: Tensor | None, border: int,
         rows: Fp8Rows | None = None,
     ) -> Tensor:  # fmt: skip
-        """Gradient of a norm's input, plus the residual's, wide by `border`."""
-        wide = torch.empty((x.shape[0], x.shape[1] + border), dtype=x.dtype, device=x.device)
+        """Gradient of a norm's input, plus the residual's (in its place, if it can be), wide by `border`."""
+        wide = None if residual is None else with_border(residual, border)
+        if wide is None:
+            wide = torch.empty((x.shape[0], x.shape[1] + border), dtype=x.dtype, device=x.device)
         self.operations.rms_norm_backward(
             dy, x, rstd, norm.weight, norm.offset, residual, wide[:, : x.shape[1]], rows
         )
@@ -213,9 +224,10 @@ class FusedLayer:
             gate_up_a, _ = p.gate_up.targets(gradients)
             if gate_up_a:
                 thin(v[:, : p.gate_up.rank], x2, rstd2, p.mlp_norm.factor, gate_up_a)
-            del gate_up
+            del gate_up, d_gate_up, v  # views of it, too
         into_o = None if p.attention_output_norm is not None else p.o.fp8_output(grad.shape[0])
-        d_x2 = self._norm_backward(p.mlp_norm, d_normed, saved.x2, saved.rstd2, grad, p.o.border, into_o)
+        x2, saved.x2 = saved.x2, None
+        d_x2 = self._norm_backward(p.mlp_norm, d_normed, x2, saved.rstd2, grad, p.o.border, into_o)
         return d_x2, into_o
 
     def attention_backward(
@@ -246,14 +258,15 @@ class FusedLayer:
             d_attended.unflatten(1, (n_q, dim)), q, k, v, saved.attended.unflatten(1, (n_q, dim)),
             saved.state, call.layout, p.softmax_scale, p.window,
         )  # fmt: skip
+        raw = None if p.head_norms is None else saved.qkv
+        saved.qkv = saved.attended = None
         del d_attended, rotated, q, k, v
         wide = p.qkv.wide_output(saved.x.shape[0])
-        raw = None if p.head_norms is None else saved.qkv
         cos, sin = call.rotary[p.layer_type]
         self.operations.rotary_backward(
             dq, dk, dv, raw, cos, sin, p.heads, p.qkv_bias, p.head_norms, wide[:, : p.qkv.n]
         )
-        del dq, dk, dv
+        del dq, dk, dv, raw
         v = p.qkv.project_back(wide)
         d_qkv, factor = wide[:, : p.qkv.n], p.input_norm.factor
         p.qkv.adapter_gradients(saved.x, saved.u_qkv, d_qkv, v, gradients, saved.rstd1, factor)
@@ -267,12 +280,11 @@ class FusedLayer:
         return out[:, :hidden]
 
     def recompute(self, saved: Saved, call: Call) -> Saved:
-        """Under `full`: everything up to x2 again, from x."""
+        """Everything up to x2 again, from x."""
         assert saved.x is not None
         again = Saved(u_down=saved.u_down, y_mlp=saved.y_mlp, rstd_mlp=saved.rstd_mlp)
         y = self.attention(saved.x, None, call, again)
-        spare = torch.empty_like(y)
-        again.x2, again.rstd2 = self._norm(self.parts.mlp_norm, saved.x, y, spare)
+        again.x2, again.rstd2 = self._norm(self.parts.mlp_norm, saved.x, y, torch.empty_like(y))
         return again
 
 
@@ -289,13 +301,15 @@ class _LayerFunction(torch.autograd.Function):
     ) -> Any:
         saved = Saved()
         y = layer.attention(x, delta, call, saved)
+        if not call.training or layer.policy in RECOMPUTED:
+            saved = keep_only(saved, "full")
         out = layer.mlp(y, saved)
         assert saved.x2 is not None
         x2 = saved.x2.view_as(saved.x2)  # an alias: the node must not hold its own output
         if call.training:
             saved = keep_only(saved, layer.policy)
-            if layer.policy == "offload" and layer.host is not None:
-                saved = layer.host.put(layer.index, saved)
+            if layer.host is not None:
+                saved = layer.host.put(layer.index, saved, layer.policy)
             ctx.layer, ctx.call, ctx.saved, ctx.ours = layer, call, saved, ours
         return x2, out
 
@@ -306,9 +320,9 @@ class _LayerFunction(torch.autograd.Function):
         layer, call, saved = ctx.layer, ctx.call, ctx.saved
         ctx.saved = None  # one backward a forward: the buffers are overwritten on the way
         assert saved is not None, "the backward of a fused layer ran twice"
-        if layer.policy == "offload" and layer.host is not None:
+        if layer.policy in ON_HOST and layer.host is not None:
             saved = layer.host.get(layer.index, saved)
-        elif layer.policy == "full":
+        if layer.policy in RECOMPUTED:
             saved = layer.recompute(saved, call)
         gradients = Gradients()
         d_mid, rows = layer.mlp_backward(d_out, saved, gradients)
