@@ -211,9 +211,13 @@ class Exporter:
         """Makes the folder of one format, or keeps a finished one; returns it."""
         if self.finished(kind):
             return self.folder(kind)
-        folder = publish_folder(
-            self.folder(kind), lambda work: self._fill(kind, work), needed=self.needed(kind)
-        )
+        try:
+            folder = publish_folder(
+                self.folder(kind), lambda work: self._fill(kind, work), needed=self.needed(kind)
+            )
+        except KeyboardInterrupt:  # nothing failed: there is nothing to read up
+            self.log(kind).unlink(missing_ok=True)
+            raise
         self.log(kind).unlink(missing_ok=True)
         return folder
 
@@ -296,7 +300,7 @@ class Exporter:
             made=self._made(kind),
             data=list(self.source.data),
             settings=self.source.settings,
-            load=_LOADING.get(kind, _LOADING["merged"]),
+            load=_LOADING.get(kind, _PLAIN),
             tags=("qlora", kind),
         )
 
@@ -319,12 +323,16 @@ class Exporter:
         return text + "."
 
 
+_PLAIN = (
+    "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+    "model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype='auto')\n"
+    "tokenizer = AutoTokenizer.from_pretrained(FOLDER)\n"
+)
+# On an H100 GPTQModel picks a kernel that some widths do not suit, and loading fails.
+_KERNEL = "# where the kernel it picks for your GPU does not suit this model, name another:\n"
 _LOADING = {
-    "merged": (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        "model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype='auto')\n"
-        "tokenizer = AutoTokenizer.from_pretrained(FOLDER)\n"
-    ),
+    "gptq": f"{_PLAIN}{_KERNEL}# quantization_config=transformers.GPTQConfig(bits=4, backend='gptq_triton')\n",
+    "awq": f"{_PLAIN}{_KERNEL}# quantization_config=transformers.AwqConfig(backend='gemm_triton')\n",
     "gguf": "# with llama.cpp\n# llama-cli -m FOLDER/model-*.gguf -cnv\n",
     "adapter": (
         "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n\n"

@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -107,14 +108,17 @@ def quantize(
         CheckpointError: the library failed; its last line and where the log is.
     """
     request = {
-        "source": str(source),
-        "target": str(target),
+        "source": str(source.absolute()),
+        "target": str(target.absolute()),
         "calibration": [list(row) for row in calibration] if options.method != "rtn" else [],
         "device": device,
         **asdict(options),
     }
-    # GPTQModel's pools need two workers; PASSIVE keeps its idle threads from eating a shared CPU.
+    target.mkdir()
+    # GPTQModel's pools need two workers; PASSIVE keeps its idle threads from eating a shared CPU. It moves
+    # finished layers to temporary files: with the rest of the export, so that they go when it goes.
     environment = {"GPTQMODEL_CPU_WORKERS": "2", "OMP_WAIT_POLICY": "PASSIVE"} | os.environ
+    environment["TMPDIR"] = str(target.absolute())
     read, write = os.pipe()
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -124,6 +128,7 @@ def quantize(
             stderr=subprocess.STDOUT,
             env=environment,
             pass_fds=(write,),
+            start_new_session=True,
         )
         os.close(write)
         try:
@@ -136,7 +141,13 @@ def quantize(
                         progress(int(line) + 1, layers)
             code = process.wait()
         finally:
-            process.kill()
-            process.wait()
+            _end(process)
     if code:
         raise CheckpointError(f"{options.method}: GPTQModel failed: {last_line(log, code)} (see {log})")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kills the worker with all that it started: on first use the library runs compilers."""
+    if process.poll() is None:  # while it is ours to wait for, the number is its own
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -19,6 +19,7 @@ from qlora_trainer.train.signals import shield_worker
 def main() -> None:
     shield_worker()
     request: dict[str, Any] = json.load(sys.stdin)
+    os.chdir(request["target"])  # the library writes a folder of logs where it runs
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
     from gptqmodel.quantization.config import RTNConfig
 
