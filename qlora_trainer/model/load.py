@@ -31,6 +31,7 @@ from qlora_trainer.model.assemble import assemble, first_line, to_stderr
 from qlora_trainer.model.cache import KeptBase
 from qlora_trainer.model.shards import stored_tensors
 from qlora_trainer.model.source import resolve, weight_files
+from qlora_trainer.track.quiet import quiet_gptqmodel
 
 BLOCKSIZE = 64  # elements that share one quantization constant, bitsandbytes' default and the paper's
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -120,6 +121,8 @@ def load_base(
             describes.
         ConfigError: the checkpoint is already quantized in another way than `method`.
     """
+    if options.method in ("gptq", "awq", "none"):  # where PEFT or transformers import it, if it is there
+        quiet_gptqmodel()
     source = resolve(options.name_or_path, options.revision)
     with _config_errors(source):
         try:
