@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_trainer.errors import CheckpointError
 from qlora_trainer.export.formats import Exporter, ExportOptions
+from qlora_trainer.export.probe import kernel
 from qlora_trainer.export.quantize import QuantizeOptions, quantize
 from tests.export import runs
 from tests.export.test_formats import kl
@@ -67,3 +68,41 @@ def test_what_the_library_says_when_it_fails_is_passed_on(tmp_path):
     options = QuantizeOptions("gptq", group_size=32)
     with pytest.raises(CheckpointError, match=r"GPTQModel failed: .*log"):
         quantize(tmp_path / "none", tmp_path / "out", options, [], 2, "cpu", tmp_path / "log.txt")
+
+
+@pytest.mark.parametrize(
+    ("method", "bits", "backend"),
+    [
+        ("gptq", 4, "gptq_triton"),
+        ("gptq", 8, "gptq_triton"),
+        ("gptq", 3, "gptq_torch"),
+        ("awq", 4, "gemm_triton"),
+    ],
+)
+def test_on_a_gpu_an_export_is_measured_with_a_kernel_that_needs_no_compiler(tmp_path, method, bits, backend):
+    stored = {"quantization_config": {"quant_method": method, "bits": bits}}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert kernel(tmp_path, "cpu") == {}
+    assert kernel(tmp_path, "cuda")["quantization_config"].backend == backend
+    (tmp_path / "config.json").write_text("{}")
+    assert kernel(tmp_path, "cuda") == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kind", "bits"), [("gptq", 4), ("gptq", 8), ("gptq", 3), ("awq", 4)])
+def test_a_kernel_on_the_gpu_gives_what_the_cpu_gives(tmp_path, kind, bits):
+    run = runs.make(tmp_path, num_key_value_heads=4)
+    options = ExportOptions(group_size=32, dtype=torch.bfloat16, bits=bits)
+    exports = Exporter(source(run), options, tmp_path / "exports", torch.device("cuda"), calibration)
+    folder = exports.export(kind)
+    ids = torch.tensor(calibration()[:4])
+    logits = {}
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.float16)):
+        dtype = torch.bfloat16 if (kind, device) == ("awq", "cpu") else dtype
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, device_map={"": device}, **kernel(folder, device)
+        )
+        assert hasattr(model.model.layers[0].mlp.down_proj, "qweight")
+        with torch.inference_mode():
+            logits[device] = model.eval()(ids.to(device)).logits.float().cpu()
+    torch.testing.assert_close(logits["cuda"], logits["cpu"], atol=0.05, rtol=0.05)
