@@ -332,8 +332,8 @@ _PLAIN = (
 # On an H100 GPTQModel picks a kernel that some widths do not suit, and loading fails.
 _KERNEL = "# where the kernel it picks for your GPU does not suit this model, name another:\n"
 _LOADING = {
-    "gptq": f"{_PLAIN}{_KERNEL}# quantization_config=transformers.GPTQConfig(bits=4, backend='gptq_triton')\n",
-    "awq": f"{_PLAIN}{_KERNEL}# quantization_config=transformers.AwqConfig(backend='gemm_triton')\n",
+    "gptq": f"{_PLAIN}{_KERNEL}# quantization_config=GPTQConfig(bits=4, backend='gptq_triton')\n",
+    "awq": f"{_PLAIN}{_KERNEL}# quantization_config=AwqConfig(backend='gemm_triton')\n",
     "gguf": "# with llama.cpp\n# llama-cli -m FOLDER/model-*.gguf -cnv\n",
     "adapter": (
         "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n\n"
