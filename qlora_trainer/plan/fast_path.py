@@ -212,8 +212,7 @@ class FastPath:
         return tokens * (given + found + (found + sums + copied) // parts)
 
     def dropout_traffic(self) -> int:
-        """Bytes a token that dropout adds to one layer: gradients of adapted inputs are read and written again
-        (`kernels/dropout.add_dropped_`)."""
+        """Bytes a token that dropout moves in one layer: `add_dropped_` on gradients of adapted inputs."""
         return 2 * self.settings.dtype_bytes * sum(group.k for group in self.groups.values() if group.rank)
 
     def head(self, *, backward: bool) -> int:

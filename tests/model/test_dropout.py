@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from qlora_trainer.data.batch import Batch
+from qlora_trainer.kernels import Dropout
 from qlora_trainer.kernels.reference import kept
 from qlora_trainer.model.forward import ReferenceForward
 from qlora_trainer.model.fuse import GraphedMicroStep, fuse
 from qlora_trainer.model.fused.decoder import FusedForward
-from qlora_trainer.model.fused.projection import Projection
 from tests.model.test_fuse import FAMILIES, POLICIES, assert_equal, batch, build, reference, run
 
 RATE = 0.3
@@ -21,28 +21,29 @@ TARGETS = [None, ["v_proj", "up_proj"], ["q_proj", "v_proj", "down_proj", "o_pro
 class KnownMask(nn.Module):
     """In place of an adapter's `nn.Dropout`: its mask of (seed, adapter, row, column) as kernels make it."""
 
-    def __init__(self, group: Projection, adapter: int, seed: Tensor) -> None:
+    def __init__(self, dropout: Dropout, adapter: int) -> None:
         super().__init__()
-        self.group, self.adapter, self.seed = group, adapter, seed
+        self.dropout, self.adapter = dropout, adapter
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        dropout = self.group.dropout(self.seed)
-        assert dropout is not None
-        rows = x.shape[:-1].numel()
-        return x * kept(dropout, self.adapter, rows, x.shape[-1]).view(x.shape) / (1 - RATE)
+        seen = kept(self.dropout, self.adapter, x.shape[:-1].numel(), x.shape[-1])
+        return x * seen.view(x.shape) / (1 - self.dropout.rate)
+
+
+def put_known_masks(model: nn.Module, forward: FusedForward, seed: Tensor) -> None:
+    """Replaces the model's dropout modules by ones that apply the masks that `forward` makes from `seed`."""
+    for layer, module in zip(forward.layers, model.get_base_model().model.layers, strict=True):
+        for group in layer.parts.projections:
+            for i, (member, _, _) in enumerate(group._adapters):
+                parent = module.mlp if hasattr(module.mlp, member.name) else module.self_attn
+                dropouts = getattr(parent, member.name).lora_dropout
+                dropouts["default"] = KnownMask(group.dropout(seed), i)
 
 
 def with_known_masks(model: nn.Module, forward: FusedForward, seed: Tensor) -> ReferenceForward:
-    """The reference whose dropout modules apply `forward`'s masks; the model keeps them from here on."""
-    modules = dict(model.named_modules())
-    for layer in forward.layers:
-        for group in layer.parts.projections:
-            for i, (member, _, _) in enumerate(group._adapters):
-                (name,) = (n for n in modules if n.endswith(f"{layer.parts.name}.self_attn.{member.name}")
-                           or n.endswith(f"{layer.parts.name}.mlp.{member.name}"))  # fmt: skip
-                modules[name].lora_dropout["default"] = KnownMask(group, i, seed)
+    put_known_masks(model, forward, seed)
     return reference(model)
 
 
