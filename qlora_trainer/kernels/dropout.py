@@ -185,13 +185,18 @@ def _add_dropped_kernel(
     tl.store(target, (before + scale * total).to(dx_ptr.dtype.element_ty), mask=inside)
 
 
+def _back_tile() -> tuple[int, int, int]:
+    """(rows, columns, warps) of a program of the way back."""
+    return 64, 64, 4
+
+
 def add_dropped_(dx: Tensor, v: Tensor, a: Tensor, dropout: Dropout) -> None:
     """As `reference.add_dropped_`, for one to three adapters."""
     m, k = dx.shape
     rank = min(64, max(16, triton.next_power_of_2(max(dropout.ranks))))
-    bm, bk = 64, 64
+    bm, bk, warps = _back_tile()
     _add_dropped_kernel[(triton.cdiv(k, bk), triton.cdiv(m, bm))](
         dx, v, a, m, k, sum(dropout.ranks), dx.stride(0), v.stride(0), a.stride(0), dropout.scale,
         **mask_arguments(dropout, dx), RANK=rank, BM=bm, BK=bk,
-        PRECISION="ieee" if dx.dtype == torch.float32 else "tf32", num_warps=4, num_stages=1,
+        PRECISION="ieee" if dx.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=1,
     )  # fmt: skip
