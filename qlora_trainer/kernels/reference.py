@@ -57,22 +57,22 @@ def pack_adapters(adapters: Sequence[Adapter], a: Tensor, b: Tensor) -> None:
         b[x.row0 : x.row0 + x.B.shape[0], rank] = x.B * x.scaling
 
 
-_32_BITS = (1 << 32) - 1
-_FACTORS = 0x21F0AAAD, 0xD35A2D97 - (1 << 32)  # equal mod 2^32, and no product leaves int64
-_GOLDEN = 0x9E3779B9  # 2^32 / golden ratio, odd: multiples of it are spread evenly
+_FACTORS = 0x21F0AAAD, 0xD35A2D97 - (1 << 32)  # as int32, whose products wrap
+_GOLDEN = 0x9E3779B9 - (1 << 32)  # 2^32 / golden ratio, odd: its multiples are spread evenly
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """A bijection of 32-bit integers whose every output bit depends on every input bit; int64 tensors.
+    """A bijection of 32 bits, each bit of whose result depends on every bit of `x`, int32.
 
-    Two rounds of multiply and xor-shift, the public-domain constants of least bias that
-    github.com/skeeto/hash-prospector lists.
+    Two rounds of multiply and xor-shift, with the public-domain constants of least bias that
+    github.com/skeeto/hash-prospector lists. A CPU does five int32 products in the time of an int64 one.
     """
-    x = x ^ (x >> 16)
-    x = (x * _FACTORS[0]).bitwise_and_(_32_BITS)
-    x ^= x >> 15
-    x = x.mul_(_FACTORS[1]).bitwise_and_(_32_BITS)
-    return x.bitwise_xor_(x >> 15)
+    x = x ^ (x >> 16 & 0xFFFF)  # >> is arithmetic: the mask makes it a shift of bits
+    x *= _FACTORS[0]
+    x ^= x >> 15 & 0x1FFFF
+    x *= _FACTORS[1]
+    x ^= x >> 15 & 0x1FFFF
+    return x
 
 
 def kept(dropout: Dropout, adapter: int, rows: int, columns: int) -> Tensor:
@@ -82,12 +82,17 @@ def kept(dropout: Dropout, adapter: int, rows: int, columns: int) -> Tensor:
     exists that could overflow, and no row's bits are another's moved along. One mixture decides on
     two neighbouring columns.
     """
-    seed, device = dropout.seed, dropout.seed.device
-    key = _mixed(_mixed(_mixed(seed & _32_BITS) ^ (seed >> 32)) ^ (dropout.first + adapter))
-    row = _mixed(key ^ torch.arange(dropout.row0, dropout.row0 + rows, device=device))
-    pair = torch.arange((columns + 1) // 2, device=device) * _GOLDEN & _32_BITS
-    bits = _mixed(row[:, None] ^ pair)
-    return torch.stack((bits & 0xFFFF, bits >> 16), dim=-1).flatten(1)[:, :columns] >= dropout.threshold
+    low, high = dropout.seed.view(1).view(torch.int32)
+    key = _mixed(_mixed(_mixed(low) ^ high) ^ (dropout.first + adapter))
+    row = torch.arange(dropout.row0, dropout.row0 + rows, dtype=torch.int32, device=key.device)
+    pair = torch.arange((columns + 1) // 2, dtype=torch.int32, device=key.device)
+    bits = _mixed(_mixed(key ^ row)[:, None] ^ pair * _GOLDEN)
+    return (torch.stack((bits << 16, bits), dim=-1) >= dropout.threshold).flatten(1)[:, :columns]
+
+
+def _seen(x: Tensor, dropout: Dropout, adapter: int) -> Tensor:
+    """mask ∘ x."""
+    return x * kept(dropout, adapter, *x.shape).to(x.dtype)  # times bool would be ten times slower
 
 
 def project_dropped(x: Tensor, a: Tensor, dropout: Dropout, out: Tensor) -> None:
@@ -98,8 +103,7 @@ def project_dropped(x: Tensor, a: Tensor, dropout: Dropout, out: Tensor) -> None
     """
     out.zero_()
     for i, (start, end) in enumerate(dropout.spans):
-        seen = _wide(x) * kept(dropout, i, *x.shape)
-        out[:, start:end] = seen @ _wide(a[start:end]).T * dropout.scale
+        out[:, start:end] = _seen(_wide(x), dropout, i) @ _wide(a[start:end]).T * dropout.scale
 
 
 def add_dropped_(dx: Tensor, v: Tensor, a: Tensor, dropout: Dropout) -> None:
@@ -107,7 +111,7 @@ def add_dropped_(dx: Tensor, v: Tensor, a: Tensor, dropout: Dropout) -> None:
     total = _wide(dx)
     for i, (start, end) in enumerate(dropout.spans):
         part = _wide(v[:, start:end]) @ _wide(a[start:end])
-        total = total + part * kept(dropout, i, *dx.shape) * dropout.scale
+        total.add_(_seen(part, dropout, i), alpha=dropout.scale)
     dx.copy_(total)
 
 
@@ -279,9 +283,9 @@ def thin_gradient(
     if dropout is None:
         product = left.T @ _wide(wide)
     else:
-        seen = (_wide(wide) * kept(dropout, i, *wide.shape) for i in range(len(dropout.ranks)))
-        parts = (left[:, start:end].T @ x for (start, end), x in zip(dropout.spans, seen, strict=True))
-        product = torch.cat(list(parts)) * dropout.scale
+        spans = enumerate(dropout.spans)
+        parts = [left[:, start:end].T @ _seen(_wide(wide), dropout, i) for i, (start, end) in spans]
+        product = torch.cat(parts) * dropout.scale
     if column_scale is not None:
         product = product * column_scale
     for t in targets:

@@ -63,8 +63,8 @@ class Dropout:
 
     @property
     def threshold(self) -> int:
-        """An element is kept if its 16 random bits are no less."""
-        return round(self.rate * (1 << 16))
+        """An element is kept if its 16 random bits, as the upper half of an int32, are no less."""
+        return (round(self.rate * (1 << 16)) - (1 << 15)) << 16
 
     @property
     def scale(self) -> float:

@@ -13,8 +13,8 @@ from tests.faults.scene import STEPS, Scene, differences
 # the first checkpoint that is due, between two, at an epoch's end, and one step before the end.
 SAMPLE = [
     (1, False, 0, 32),
-    (4, True, 2, 8),
-    (5, False, 2, 32),
+    (4, True, 2, 32),
+    (5, False, 2, 8),
     (7, True, 0, 8),
 ]
 
