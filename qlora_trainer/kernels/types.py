@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -75,10 +75,6 @@ class Dropout:
         """(first rank column, the one after its last) of each adapter."""
         ends = [sum(self.ranks[: i + 1]) for i in range(len(self.ranks))]
         return list(zip([0, *ends], ends, strict=False))
-
-    def at(self, row: int) -> Dropout:
-        """The same masks for an activation that starts at `row` of this one."""
-        return replace(self, row0=self.row0 + row)
 
 
 @dataclass(frozen=True)

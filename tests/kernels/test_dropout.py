@@ -88,7 +88,7 @@ def test_rates_are_met_to_one_in_a_hundred_thousand(rate: float) -> None:
 
 def test_a_part_of_an_activation_has_its_part_of_the_mask() -> None:
     whole = kept(dropout(4, row0=0), 0, 50, 33)
-    assert torch.equal(kept(dropout(4, row0=0).at(20), 0, 30, 33), whole[20:])
+    assert torch.equal(kept(dropout(4, row0=20), 0, 30, 33), whole[20:])
     assert torch.equal(kept(dropout(4, row0=0), 0, 50, 8), whole[:, :8])
 
 

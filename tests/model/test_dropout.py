@@ -14,7 +14,7 @@ from qlora_trainer.model.fuse import GraphedMicroStep, fuse
 from qlora_trainer.model.fused.decoder import FusedForward
 from tests.model.test_fuse import FAMILIES, POLICIES, assert_equal, batch, build, reference, run
 
-RATE = 0.3
+RATE = 0.1
 TARGETS = [None, ["v_proj", "up_proj"], ["q_proj", "v_proj", "down_proj", "o_proj"]]
 
 
