@@ -14,7 +14,7 @@ from tests.model.test_dropout import drawn, put_known_masks, seeded
 pytestmark = pytest.mark.gpu
 
 RATE, SEED = 0.1, 3
-POLICIES = ("none", "mlp", "full", "offload")
+POLICIES = ("none", "mlp", "full", "offload", "full_offload")
 
 
 def errors(family: str, layout: str, rank: int, **options: object) -> tuple[float, list[float]]:
