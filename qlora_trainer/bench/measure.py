@@ -28,6 +28,7 @@ from .cells import Cell, make_batch
 KINDS: list[tuple[str, tuple[str, ...]]] = [
     ("attention", ("flash", "fmha", "sdpa", "attention", "cudnn_generated", "mha")),
     ("thin products", ("_thin_", "splitK", "splitk")),
+    ("dropout", ("_dropped_",)),
     ("dequantization", ("_dequantize_kernel", "_pack_kernel")),
     ("norms", ("_rms_norm",)),
     ("gated unit", ("_glu_",)),

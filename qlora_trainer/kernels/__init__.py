@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .types import Adapter, Fp8Rows, HeadNorm, NestedScales, QuantizedWeight, Target
+from .types import Adapter, Dropout, Fp8Rows, HeadNorm, NestedScales, QuantizedWeight, Target
 
 __all__ = [
     "Adapter",
+    "Dropout",
     "Fp8Rows",
     "HeadNorm",
     "NestedScales",
@@ -42,7 +43,9 @@ class Operations:
     glu: Callable[..., None]
     glu_backward_: Callable[..., None]
     cross_entropy_: Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
-    thin_gradient: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Sequence[Target]], None]
+    thin_gradient: Callable[..., None]
+    project_dropped: Callable[[Tensor, Tensor, Dropout, Tensor], None]
+    add_dropped_: Callable[[Tensor, Tensor, Tensor, Dropout], None]
     quantize_fp8: Callable[[Tensor, Fp8Rows], None]
     pack_fp8: Callable[[Tensor, Tensor, float, Tensor], None]
     fp8_product: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
@@ -64,9 +67,9 @@ def plain() -> Operations:
 
 def triton_set() -> Operations:
     """The Triton set (compiled for a GPU; interpreted on the CPU under TRITON_INTERPRET=1)."""
-    from . import cross_entropy, dequantize, fp8, glu, norm, pack, rotary, thin
+    from . import cross_entropy, dequantize, dropout, fp8, glu, norm, pack, rotary, thin
 
-    return _from("triton", cross_entropy, dequantize, fp8, glu, norm, pack, rotary, thin)
+    return _from("triton", cross_entropy, dequantize, dropout, fp8, glu, norm, pack, rotary, thin)
 
 
 def pick(device: torch.device) -> tuple[Operations, str]:

@@ -19,9 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dropout import MASK_NUMBERS, kept, mask_arguments, mask_key
 from .fp8 import row_warps, store_row
 from .thin import add_partials, thin_gradient
-from .types import Fp8Rows, Target
+from .types import Dropout, Fp8Rows, Target
 
 
 @triton.jit
@@ -104,10 +105,11 @@ def _few_columns(pointer, row, rank, stride, rank0, n, in_rows):
     return tl.load(source, mask=inside, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=MASK_NUMBERS)
 def _glu_backward_thin_kernel(
     d_act_ptr, gate_up_ptr, v_ptr, u_ptr, partial_ptr, m, f, rows_a_split,
     d_act_stride, gate_up_stride, v_stride, u_stride, v_n, gate_rank0, gate_n, up_rank0, up_n,
+    seed_ptr, first, row0, start1, start2, threshold, ADAPTERS: tl.constexpr,
     GELU: tl.constexpr, RANK: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program walks down `rows_a_split` rows of BC columns. partial: [splits, 3, RANK, F]."""
@@ -117,6 +119,8 @@ def _glu_backward_thin_kernel(
     of_down = tl.zeros((RANK, BC), tl.float32)
     of_gate = tl.zeros((RANK, BC), tl.float32)
     of_up = tl.zeros((RANK, BC), tl.float32)
+    if ADAPTERS > 0:
+        key = mask_key(seed_ptr, first)
     dtype = gate_up_ptr.dtype.element_ty
     end = tl.minimum(m, (split + 1) * rows_a_split)
     for start in range(split * rows_a_split, end, BM):
@@ -137,6 +141,8 @@ def _glu_backward_thin_kernel(
         v = _few_columns(v_ptr, row, rank, v_stride, 0, v_n, in_rows)
         u_gate = _few_columns(u_ptr, row, rank, u_stride, gate_rank0, gate_n, in_rows)
         u_up = _few_columns(u_ptr, row, rank, u_stride, up_rank0, up_n, in_rows)
+        if ADAPTERS > 0:
+            act = tl.where(kept(key, row0 + row, tl.program_id(0) * BC, threshold, BC), act, 0.0).to(dtype)
         of_down = tl.dot(v, act, of_down, input_precision=PRECISION)
         of_gate = tl.dot(u_gate, d_gate, of_gate, input_precision=PRECISION)
         of_up = tl.dot(u_up, d_up, of_up, input_precision=PRECISION)
@@ -176,7 +182,7 @@ def _tile() -> tuple[int, int, int, int, int]:
 def glu_backward_(
     d_act: Tensor, gate_up: Tensor, activation: str, v: Tensor, u: Tensor,
     ranks: tuple[tuple[int, int], tuple[int, int]],
-    down: Sequence[Target], gate: Sequence[Target], up: Sequence[Target],
+    down: Sequence[Target], gate: Sequence[Target], up: Sequence[Target], dropout: Dropout | None = None,
 ) -> None:  # fmt: skip
     """As `reference.glu_backward_`."""
     m, f = d_act.shape
@@ -186,13 +192,13 @@ def glu_backward_(
             d_act, gate_up, f, d_act.stride(0), gate_up.stride(0), GELU=activation != "silu", BLOCK=_BLOCK,
             num_warps=4,
         )  # fmt: skip
-        for narrow, wide, targets in (
-            (v, d_act, down),
-            (u[:, ranks[0][0] : sum(ranks[0])], gate_up[:, :f], gate),
-            (u[:, ranks[1][0] : sum(ranks[1])], gate_up[:, f:], up),
+        for narrow, wide, targets, masks in (
+            (v, d_act, down, dropout),
+            (u[:, ranks[0][0] : sum(ranks[0])], gate_up[:, :f], gate, None),
+            (u[:, ranks[1][0] : sum(ranks[1])], gate_up[:, f:], up, None),
         ):
             if targets:
-                thin_gradient(narrow, wide, None, None, targets)
+                thin_gradient(narrow, wide, None, None, targets, masks)
         return
     rank = max(16, triton.next_power_of_2(widest))
     bm, bc, warps, stages, programs = _tile()
@@ -204,8 +210,10 @@ def glu_backward_(
     _glu_backward_thin_kernel[(blocks, splits)](
         d_act, gate_up, v, u, partial, m, f, rows,
         d_act.stride(0), gate_up.stride(0), v.stride(0), u.stride(0), v.shape[1], *ranks[0], *ranks[1],
+        **mask_arguments(dropout, d_act),
         GELU=activation != "silu", RANK=rank, BM=bm, BC=bc,
         PRECISION="ieee" if d_act.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    for share, targets in enumerate((down, gate, up)):
-        add_partials(partial[:, share], None, targets)
+    scales = (dropout.scale if dropout is not None else 1.0, 1.0, 1.0)
+    for share, (targets, scale) in enumerate(zip((down, gate, up), scales, strict=True)):
+        add_partials(partial[:, share], None, targets, scale)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .types import Adapter, Fp8Rows, HeadNorm, QuantizedWeight, Target
+from .types import Adapter, Dropout, Fp8Rows, HeadNorm, QuantizedWeight, Target
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -55,6 +55,64 @@ def pack_adapters(adapters: Sequence[Adapter], a: Tensor, b: Tensor) -> None:
         rank = slice(x.rank0, x.rank0 + x.A.shape[0])
         a[rank] = x.A
         b[x.row0 : x.row0 + x.B.shape[0], rank] = x.B * x.scaling
+
+
+_FACTORS = 0x21F0AAAD, 0xD35A2D97 - (1 << 32)  # as int32, whose products wrap
+_GOLDEN = 0x9E3779B9 - (1 << 32)  # 2^32 / golden ratio, odd: its multiples are spread evenly
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """A bijection of 32 bits, each bit of whose result depends on every bit of `x`, int32.
+
+    Two rounds of multiply and xor-shift, with the public-domain constants of least bias that
+    github.com/skeeto/hash-prospector lists. A CPU does five int32 products in the time of an int64 one.
+    """
+    x = x ^ (x >> 16 & 0xFFFF)  # >> is arithmetic: the mask makes it a shift of bits
+    x *= _FACTORS[0]
+    x ^= x >> 15 & 0x1FFFF
+    x *= _FACTORS[1]
+    x ^= x >> 15 & 0x1FFFF
+    return x
+
+
+def kept(dropout: Dropout, adapter: int, rows: int, columns: int) -> Tensor:
+    """bool [rows, columns]: which elements of its input the group's `adapter` (0, 1, …) sees.
+
+    Row and column are spread over 32 bits apart and mixed together, so that no counter of elements
+    exists that could overflow, and no row's bits are another's moved along. One mixture decides on
+    two neighbouring columns.
+    """
+    low, high = dropout.seed.view(1).view(torch.int32)
+    key = _mixed(_mixed(_mixed(low) ^ high) ^ (dropout.first + adapter))
+    row = torch.arange(dropout.row0, dropout.row0 + rows, dtype=torch.int32, device=key.device)
+    pair = torch.arange((columns + 1) // 2, dtype=torch.int32, device=key.device)
+    bits = _mixed(_mixed(key ^ row)[:, None] ^ pair * _GOLDEN)
+    return (torch.stack((bits << 16, bits), dim=-1) >= dropout.threshold).flatten(1)[:, :columns]
+
+
+def _seen(x: Tensor, dropout: Dropout, adapter: int) -> Tensor:
+    """mask ∘ x."""
+    return x * kept(dropout, adapter, *x.shape).to(x.dtype)  # a product with bool is not vectorised
+
+
+def project_dropped(x: Tensor, a: Tensor, dropout: Dropout, out: Tensor) -> None:
+    """scale · (mask ∘ x)·Aᵀ of each adapter into its columns of `out` [M, R]; the others become zero.
+
+    x [M, K]; a [≥ all ranks, K], the adapters' A one below the other. Dropout as PEFT applies it:
+    to the input of A, not to that of the frozen weight.
+    """
+    out.zero_()
+    for i, (start, end) in enumerate(dropout.spans):
+        out[:, start:end] = _seen(_wide(x), dropout, i) @ _wide(a[start:end]).T * dropout.scale
+
+
+def add_dropped_(dx: Tensor, v: Tensor, a: Tensor, dropout: Dropout) -> None:
+    """dx [M, K] += scale · mask ∘ (v·A), summed over the adapters: the way back of `project_dropped`."""
+    total = _wide(dx)
+    for i, (start, end) in enumerate(dropout.spans):
+        part = _wide(v[:, start:end]) @ _wide(a[start:end])
+        total.add_(_seen(part, dropout, i), alpha=dropout.scale)
+    dx.copy_(total)
 
 
 def rms_norm(
@@ -162,12 +220,13 @@ def glu(gate_up: Tensor, activation: str, out: Tensor, rows: Fp8Rows | None = No
 def glu_backward_(
     d_act: Tensor, gate_up: Tensor, activation: str, v: Tensor, u: Tensor,
     ranks: tuple[tuple[int, int], tuple[int, int]],
-    down: Sequence[Target], gate: Sequence[Target], up: Sequence[Target],
+    down: Sequence[Target], gate: Sequence[Target], up: Sequence[Target], dropout: Dropout | None = None,
 ) -> None:  # fmt: skip
     """gate_up [M, 2F] becomes its gradient, in place; d_act [M, F] is used up.
 
     Also adds the thin products with what passes by: vᵀ·activation to `down` (v [M, r]), and, with
     (first column, columns) of u [M, R] from `ranks`, u_gateᵀ·d_gate to `gate` and u_upᵀ·d_up to `up`.
+    dropout: of the down projection's adapter, on the activation.
     """
     g, x = (_wide(part) for part in gate_up.chunk(2, dim=-1))
     grad = _wide(d_act)
@@ -182,13 +241,13 @@ def glu_backward_(
     act = (value * x).to(gate_up.dtype)
     gate_up.copy_(torch.cat((grad * x * slope, grad * value), dim=-1))
     d_gate, d_up = gate_up.chunk(2, dim=-1)
-    for narrow, wide, targets in (
-        (v, act, down),
-        (u[:, ranks[0][0] : sum(ranks[0])], d_gate, gate),
-        (u[:, ranks[1][0] : sum(ranks[1])], d_up, up),
+    for narrow, wide, targets, masks in (
+        (v, act, down, dropout),
+        (u[:, ranks[0][0] : sum(ranks[0])], d_gate, gate, None),
+        (u[:, ranks[1][0] : sum(ranks[1])], d_up, up, None),
     ):
         if targets:
-            thin_gradient(narrow, wide, None, None, targets)
+            thin_gradient(narrow, wide, None, None, targets, masks)
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor, softcap: float | None) -> Tensor:
@@ -214,10 +273,19 @@ def thin_gradient(
     row_scale: Tensor | None,
     column_scale: Tensor | None,
     targets: Sequence[Target],
+    dropout: Dropout | None = None,
 ) -> None:
-    """narrowᵀ · (row_scale ∘ wide ∘ column_scale) of [M, R] and [M, C], parts of it added to `targets`."""
+    """narrowᵀ · (row_scale ∘ wide ∘ column_scale) of [M, R] and [M, C], parts of it added to `targets`.
+
+    dropout: each adapter's columns of `narrow` meet only what its mask leaves of `wide`, times scale.
+    """
     left = _wide(narrow) if row_scale is None else _wide(narrow) * row_scale[:, None]
-    product = left.T @ _wide(wide)
+    if dropout is None:
+        product = left.T @ _wide(wide)
+    else:
+        spans = enumerate(dropout.spans)
+        parts = [left[:, start:end].T @ _seen(_wide(wide), dropout, i) for i, (start, end) in spans]
+        product = torch.cat(parts) * dropout.scale
     if column_scale is not None:
         product = product * column_scale
     for t in targets:

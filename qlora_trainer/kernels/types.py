@@ -1,4 +1,4 @@
-"""What the operations take beside tensors: 4-bit weights, adapters in their group, head norms, e4m3 rows."""
+"""What the operations take beside tensors: 4-bit weights, adapters and dropout, head norms, e4m3 rows."""
 
 from __future__ import annotations
 
@@ -42,6 +42,39 @@ class Adapter:
     scaling: float
     row0: int
     rank0: int
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """LoRA dropout on the input of a group of projections: a mask of its own for each adapter.
+
+    rate: probability that an element is dropped, met to 1e-5; one that is kept counts `scale` times.
+    seed: int64 [] on the device, the micro-batch's. first: number of the group's first adapter, which
+    no other group's adapters have; the second's is first + 1, …. ranks: the adapters' ranks, whose
+    columns stand side by side. row0: row of the micro-batch that an activation's first row is.
+    Masks are never stored: `reference.kept` makes any part of one again from these numbers.
+    """
+
+    rate: float
+    seed: Tensor
+    first: int
+    ranks: tuple[int, ...]
+    row0: int = 0
+
+    @property
+    def threshold(self) -> int:
+        """An element is kept if its 16 random bits, as the upper half of an int32, are no less."""
+        return (round(self.rate * (1 << 16)) - (1 << 15)) << 16
+
+    @property
+    def scale(self) -> float:
+        return 1.0 / (1.0 - self.rate)
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """(first rank column, the one after its last) of each adapter."""
+        ends = [sum(self.ranks[: i + 1]) for i in range(len(self.ranks))]
+        return list(zip([0, *ends], ends, strict=False))
 
 
 @dataclass(frozen=True)

@@ -127,8 +127,6 @@ def _candidates(settings: Settings) -> Iterator[tuple[Values, str]]:
         yield {"model.offload": "layers"}, f"same result, slower{compared}"
     if settings.reference_because == "model.kernels=reference":
         yield {"model.kernels": "auto"}, "same result to rounding, faster"
-    if (settings.reference_because or "").startswith("lora.lora_dropout"):
-        yield {"lora.lora_dropout": 0}, "no dropout, faster"
     if settings.device == "cuda" and not settings.paged:
         yield {"optim.name": f"paged_adamw_{settings.state_bits}bit"}, "same result"
     if settings.paged and settings.optimizer_resident:

@@ -211,6 +211,10 @@ class FastPath:
         # dq takes the place of d_attended
         return tokens * (given + found + (found + sums + copied) // parts)
 
+    def dropout_traffic(self) -> int:
+        """Bytes a token that dropout moves in one layer: `add_dropped_` on gradients of adapted inputs."""
+        return 2 * self.settings.dtype_bytes * sum(group.k for group in self.groups.values() if group.rank)
+
     def head(self, *, backward: bool) -> int:
         """FusedHead.loss: what the last layer adds to the stream; of a chunk its logits, and rows gathered
         (stream and addition) and normed; trained, the gradient of all rows."""

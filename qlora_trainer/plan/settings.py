@@ -51,6 +51,7 @@ class Settings:
         evaluation_rows: held-out rows measured together; 0 if nothing is held out.
         new_tokens: that are generated to answer a held-out row; 0 if none is answered.
         optimizer_resident: bytes of paged state that may stay on the device; None: the plan chooses.
+        dropout: the adapters' inputs are dropped in part.
     """
 
     device: str
@@ -80,6 +81,7 @@ class Settings:
     new_tokens: int
     merges: bool
     checkpoints_kept: int
+    dropout: bool = False
 
     @property
     def fast(self) -> bool:
@@ -153,6 +155,7 @@ def from_config(
         new_tokens=config.evaluate.max_new_tokens if config.evaluate.task != "none" else 0,
         merges=any(name not in ("adapter", "gguf_adapter") for name in config.export.format),
         checkpoints_kept=config.checkpoint.save_total_limit,
+        dropout=lora.lora_dropout > 0,
     )
 
 
@@ -164,7 +167,6 @@ def _why_reference(config: RunConfig, shape: ModelShape) -> str | None:
         f"model type {shape.model_type}": shape.model_type not in FAST_FAMILIES,
         f"quantization.method={method}": method not in ("nf4", "fp4", "none"),
         "lora.use_dora=true": lora.use_dora,
-        f"lora.lora_dropout={lora.lora_dropout:g}": lora.lora_dropout > 0,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 

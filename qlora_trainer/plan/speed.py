@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qlora_trainer.plan.fast_path import FastPath
 from qlora_trainer.plan.hardware import Hardware
 from qlora_trainer.plan.memory import adapter_parameters, is_quantized, layer_codes, path_of
 from qlora_trainer.plan.settings import Settings
@@ -107,7 +108,8 @@ def activation_bytes(shape: ModelShape, settings: Settings, policies: Sequence[s
     path = path_of(shape, settings)
     repeated = sum(again.get(path.repeats(policy), layer) for policy in policies)
     logits = 3 * shape.vocab * settings.supervised
-    return settings.dtype_bytes * (3.0 * layer * shape.layers + repeated + logits)
+    dropped = path.dropout_traffic() * shape.layers if settings.dropout and isinstance(path, FastPath) else 0
+    return settings.dtype_bytes * (3.0 * layer * shape.layers + repeated + logits) + dropped
 
 
 def micro_batch_seconds(

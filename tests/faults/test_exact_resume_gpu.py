@@ -25,6 +25,7 @@ sys.exit(main([*sys.argv[2:], "-v"]))
 """
 PATHS: dict[str, dict[str, Any]] = {
     "fast": {"lora.lora_dropout": 0.0},
+    "dropout": {"lora.lora_dropout": 0.1},
     "reference": {"lora.lora_dropout": 0.1, "model.kernels": "reference"},
 }
 

@@ -31,14 +31,15 @@ FAMILIES: dict[str, dict] = {
 }
 
 
-def build(family: str, quantization: str = "nf4", rank: int = 8) -> nn.Module:
+def build(family: str, quantization: str = "nf4", rank: int = 8, dropout: float = 0.0) -> nn.Module:
     from transformers import CONFIG_MAPPING
 
     from qlora_trainer.model.synthetic import random_base
 
     config = CONFIG_MAPPING[family](**FAMILIES[family])
     base = random_base(config, torch.device("cuda"), method=quantization)
-    model = attach(base, LoraOptions(r=rank, lora_alpha=2 * rank), seed=0).train()
+    options = LoraOptions(r=rank, lora_alpha=2 * rank, lora_dropout=dropout)
+    model = attach(base, options, seed=0).train()
     torch.manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:

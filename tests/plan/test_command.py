@@ -55,12 +55,12 @@ def test_plan_that_cannot_fit_is_shown_and_refused(config: RunConfig, capsys) ->
 
 
 def test_plan_names_what_keeps_the_fast_path_off(config: RunConfig, capsys) -> None:
-    config.lora.lora_dropout = 0.1
+    config.model.kernels = "reference"
     config.plan.gpu = "8GiB"
     config.train.max_length = 2048
-    with pytest.raises(ConfigError, match=r"lora\.lora_dropout=0 "):
+    with pytest.raises(ConfigError, match=r"model\.kernels=auto "):
         command.run(config)
-    assert "because of lora.lora_dropout=0.1" in capsys.readouterr().out
+    assert "because of model.kernels=reference" in capsys.readouterr().out
 
 
 def test_importing_the_plan_is_light() -> None:

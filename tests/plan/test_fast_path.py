@@ -113,8 +113,17 @@ def test_fp8_is_refused_before_loading_where_no_unit_computes_it() -> None:
     with pytest.raises(ConfigError, match=r"A100.*base_gemm=bf16"):
         plan("A100", FP8)
     assert plan("RTX 4090", FP8, ("train.max_length", 512)).fits
-    reference = make_plan(config(FP8, ("lora.lora_dropout", 0.1)), hardware.parse("H100"), llama3_8b())
+    reference = make_plan(config(FP8, ("lora.use_dora", True)), hardware.parse("H100"), llama3_8b())
     assert reference.peak.parts["e4m3 copies"] == 0  # the reference multiplies in bfloat16
+
+
+def test_dropout_stays_on_the_fast_path_and_costs_a_little_time() -> None:
+    for keys in ((), (FP8,)):
+        found, without = plan("H100", ("lora.lora_dropout", 0.05), *keys), plan("H100", *keys)
+        assert found.reference_because is None and found.peak == without.peak
+        assert 0.9 < found.tokens_per_second / without.tokens_per_second < 1
+    some = settings(dropout=True, target_modules=("q_proj", "v_proj"))
+    assert FastPath(llama3_8b(), some).dropout_traffic() == 2 * 2 * 4096  # their one input, read and written
 
 
 def test_cards_without_bfloat16_compute_in_float32() -> None:

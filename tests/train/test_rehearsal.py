@@ -5,6 +5,8 @@ import torch
 
 from qlora_trainer.checkpoint import rng
 from qlora_trainer.model.forward import ReferenceForward
+from qlora_trainer.model.fuse import fuse
+from qlora_trainer.model.lora import LoraOptions, attach
 from qlora_trainer.optim import make_optimizer
 from qlora_trainer.train.health import MemoryGuard, OutOfMemoryError
 from qlora_trainer.train.loop import MicroStep
@@ -21,10 +23,23 @@ def test_the_widest_batch_is_the_one_that_is_tried():
     assert widest([]) is None
 
 
-def test_a_rehearsal_is_undone_exactly():
+def reference():
     model = tiny.model(attention_dropout=0.5).train()
+    return model, ReferenceForward(model)
+
+
+def fast():
+    base = tiny.model().requires_grad_(False)
+    model = attach(base, LoraOptions(r=4, lora_dropout=0.5), seed=0).train()
+    forward, report = fuse(model)
+    assert not report.fallbacks
+    return model, forward
+
+
+@pytest.mark.parametrize("path", [reference, fast])
+def test_a_rehearsal_is_undone_exactly(path):
+    model, forward = path()
     optimizer = make_optimizer("adamw", model.named_parameters())
-    forward = ReferenceForward(model)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}, rng.capture()
     seen = []
     rehearse(

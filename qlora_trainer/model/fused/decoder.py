@@ -85,6 +85,9 @@ class FusedForward:
         host: HostStore | None,
     ) -> None:
         self.device, self.workspace, self.embed, self.rotary = device, workspace, embed, rotary
+        fused = [layer.parts for layer in layers if isinstance(layer, FusedLayer)]
+        members = [member for parts in fused for group in parts.projections for member in group.members]
+        self._dropouts = [member.dropout for member in members if member.dropout is not None]
         self.capturable = not rotary.asks_the_host
         self.embeddings_on_host, self.layers, self.head, self.host = (
             embeddings_on_host,
@@ -94,8 +97,12 @@ class FusedForward:
         )
 
     def prepare(self, batch: Batch) -> Inputs:
-        """The batch on the device; give it while it is still on the host."""
-        return prepare(batch, self.device, self.embeddings_on_host)
+        """The batch on the device; give it while it is still on the host.
+
+        LoRA dropout is on where PEFT's modules would have it on: in training mode.
+        """
+        dropout = any(module.training for module in self._dropouts)
+        return prepare(batch, self.device, self.embeddings_on_host, dropout)
 
     def __call__(self, batch: Batch) -> Tensor:
         return self.run(self.prepare(batch))
@@ -111,6 +118,7 @@ class FusedForward:
             torch.is_grad_enabled(),
             inputs.position_ids,
             inputs.document_ids,
+            inputs.seed,
         )
         x: Tensor = (self.embed(inputs.input_ids) if inputs.hidden is None else inputs.hidden).flatten(0, 1)
         delta: Tensor | None = None

@@ -24,6 +24,7 @@ class Inputs:
 
     cu_seqlens: int32 [documents + 1] when packed on CUDA. document_ids: int32 [B, T] when packed.
     hidden: [B, T, h], the embeddings, when their table lives on the host.
+    seed: int64 [], of LoRA dropout's masks, when there is any.
     """
 
     input_ids: Tensor
@@ -34,6 +35,7 @@ class Inputs:
     cu_seqlens: Tensor | None = None
     document_ids: Tensor | None = None
     hidden: Tensor | None = None
+    seed: Tensor | None = None
 
     @property
     def layout(self) -> Layout:
@@ -89,10 +91,13 @@ def document_borders(document_ids: Tensor) -> Tensor:
     return borders
 
 
-def prepare(batch: Batch, device: torch.device, embeddings: Tensor | None = None) -> Inputs:
+def prepare(
+    batch: Batch, device: torch.device, embeddings: Tensor | None = None, dropout: bool = False
+) -> Inputs:
     """Inputs of `batch`, which should still be on the host: from a GPU it has to be fetched first.
 
     embeddings: [V, h] on the host, if the table does not live on `device`.
+    dropout: draw a seed, from torch's generator on the CPU: who restores that repeats the masks.
     """
     batch = batch.to("cpu", non_blocking=False) if batch.input_ids.device.type != "cpu" else batch
     rows, targets, weights = supervised_positions(batch)
@@ -109,6 +114,8 @@ def prepare(batch: Batch, device: torch.device, embeddings: Tensor | None = None
             found["cu_seqlens"] = document_borders(batch.document_ids)
     if embeddings is not None:
         found["hidden"] = torch.nn.functional.embedding(batch.input_ids, embeddings)
+    if dropout:
+        found["seed"] = torch.randint(2**63 - 1, ())
     if device.type != "cpu":
         found = {
             k: v if v is None else v.pin_memory().to(device, non_blocking=True) for k, v in found.items()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_trainer.kernels import Fp8Rows, Operations
+from qlora_trainer.kernels import Dropout, Fp8Rows, Operations
 from qlora_trainer.kernels.attention import Layout, attend, attend_backward
 
 from .keep import ON_HOST, RECOMPUTED, HostStore, Saved, keep_only
@@ -29,6 +29,7 @@ class Call:
 
     rotary: layer type -> (cos, sin), float32 [M, half]. training: a backward pass will follow.
     position_ids [B, T] and document_ids (int32 [B, T], if packed): what unfused layers read instead.
+    seed: int64 [], what LoRA dropout's masks are made from; None where nothing is dropped.
     """
 
     layout: Layout
@@ -36,6 +37,7 @@ class Call:
     training: bool
     position_ids: Tensor
     document_ids: Tensor | None
+    seed: Tensor | None = None
 
 
 def with_border(x: Tensor, border: int) -> Tensor | None:
@@ -116,7 +118,7 @@ class FusedLayer:
         wide, rows = p.qkv.wide_input(m), p.qkv.fp8_input(m)
         total, saved.rstd1 = self._norm(p.input_norm, x, delta, wide[:, : p.qkv.k], rows)
         saved.x = total.detach()
-        u = p.qkv.project(wide)
+        u = p.qkv.project(wide, p.qkv.dropout(call.seed))
         saved.u_qkv = u[:, : p.qkv.rank].contiguous()
         saved.qkv = p.qkv.forward(wide, u, rows=rows)
         del wide, rows, u
@@ -124,7 +126,7 @@ class FusedLayer:
         attended, saved.state = attend(q, k, v, call.layout, p.softmax_scale, p.window)
         saved.attended = attended.reshape(m, p.o.k)
         wide = widen(saved.attended, p.o.border)
-        u = p.o.project(wide)
+        u = p.o.project(wide, p.o.dropout(call.seed))
         saved.u_o = u[:, : p.o.rank].contiguous()
         y = p.o.forward(wide, u)
         if p.attention_output_norm is not None:
@@ -136,7 +138,7 @@ class FusedLayer:
         rows = m if self.policy == "none" else self.mlp_rows
         return (slice(start, min(start + rows, m)) for start in range(0, m, rows))
 
-    def mlp(self, y: Tensor, saved: Saved) -> Tensor:
+    def mlp(self, y: Tensor, call: Call, saved: Saved) -> Tensor:
         """The MLP branch's output [M, h] on saved.x + y; fills the rest of `saved`."""
         p, m = self.parts, y.shape[0]
         assert saved.x is not None
@@ -146,10 +148,12 @@ class FusedLayer:
         out = torch.empty_like(y)
         saved.u_down = torch.empty((m, p.down.rank), dtype=y.dtype, device=y.device)
         for rows in self._chunks(m):
-            gate_up, saved.u_gate_up = self._gate_up(wide[rows], None if normed is None else normed[rows])
+            masks, masks_down = (group.dropout(call.seed, rows.start) for group in (p.gate_up, p.down))
+            part = None if normed is None else normed[rows]
+            gate_up, saved.u_gate_up = self._gate_up(wide[rows], part, masks)
             act, inner = p.down.wide_input(gate_up.shape[0]), p.down.fp8_input(gate_up.shape[0])
             self.operations.glu(gate_up[:, : p.gate_up.n], p.activation, act[:, : p.down.k], inner)
-            u = p.down.project(act)
+            u = p.down.project(act, masks_down)
             saved.u_down[rows] = u[:, : p.down.rank]
             p.down.forward(act, u, out=out[rows], rows=inner)
             if self.policy == "none":
@@ -160,10 +164,10 @@ class FusedLayer:
             _, saved.rstd_mlp = self._norm(p.mlp_output_norm, saved.y_mlp, None, out)
         return out
 
-    def _gate_up(self, wide: Tensor, rows: Fp8Rows | None) -> tuple[Tensor, Tensor]:
+    def _gate_up(self, wide: Tensor, rows: Fp8Rows | None, dropout: Dropout | None) -> tuple[Tensor, Tensor]:
         """Wide gate/up [M, 2F + border] (its border empty) and the projection on its adapters."""
         group = self.parts.gate_up
-        u = group.project(wide)
+        u = group.project(wide, dropout)
         result = group.wide_output(wide.shape[0])
         group.forward(wide, u, out=result[:, : group.n], rows=rows)
         return result, u[:, : group.rank].contiguous()
@@ -183,7 +187,9 @@ class FusedLayer:
         )
         return wide
 
-    def mlp_backward(self, grad: Tensor, saved: Saved, gradients: Gradients) -> tuple[Tensor, Fp8Rows | None]:
+    def mlp_backward(
+        self, grad: Tensor, saved: Saved, call: Call, gradients: Gradients
+    ) -> tuple[Tensor, Fp8Rows | None]:
         """d(loss)/d(x2) [M, h], wide by o's border, from `grad` [M, h] of the output sum; and its e4m3."""
         p = self.parts
         assert saved.x2 is not None and saved.rstd2 is not None and saved.u_down is not None
@@ -197,33 +203,34 @@ class FusedLayer:
         d_normed = torch.empty_like(saved.x2)
         for rows in self._chunks(wide.shape[0]):
             x2, rstd2 = saved.x2[rows], saved.rstd2[rows]
+            masks, masks_down = (group.dropout(call.seed, rows.start) for group in (p.gate_up, p.down))
             if saved.gate_up is not None and saved.u_gate_up is not None:
                 gate_up, u = saved.gate_up, saved.u_gate_up
                 saved.gate_up = None
             else:
                 again, normed = p.gate_up.wide_input(x2.shape[0]), p.gate_up.fp8_input(x2.shape[0])
                 self._norm(p.mlp_norm, x2, None, again[:, : p.gate_up.k], normed)
-                gate_up, u = self._gate_up(again, normed)
+                gate_up, u = self._gate_up(again, normed, masks)
                 del again, normed
             part, d_gate_up = wide[rows], gate_up[:, : p.gate_up.n]
             v_down = p.down.project_back(part)
-            d_act = p.down.backward(part, v_down)
+            d_act = p.down.backward(part, v_down, dropout=masks_down)
             # the gradients of down's A and of gate's and up's B pass by here
             down_a, down_b = p.down.targets(gradients)
             gate_b, up_b = p.gate_up.halved_targets(gradients)
             self.operations.glu_backward_(
                 d_act, d_gate_up, p.activation, v_down[:, : p.down.rank], u, p.gate_up.rank_spans,
-                down_a, gate_b, up_b,
+                down_a, gate_b, up_b, masks_down,
             )  # fmt: skip
             del d_act
             v = p.gate_up.project_back(gate_up)
-            p.gate_up.backward(gate_up, v, out=d_normed[rows])
+            p.gate_up.backward(gate_up, v, d_normed[rows], dropout=masks)
             thin = self.operations.thin_gradient
             if down_b:
                 thin(saved.u_down[rows], part[:, : p.down.n], None, None, down_b)
             gate_up_a, _ = p.gate_up.targets(gradients)
             if gate_up_a:
-                thin(v[:, : p.gate_up.rank], x2, rstd2, p.mlp_norm.factor, gate_up_a)
+                thin(v[:, : p.gate_up.rank], x2, rstd2, p.mlp_norm.factor, gate_up_a, masks)
             del gate_up, d_gate_up, v  # views of it, too
         into_o = None if p.attention_output_norm is not None else p.o.fp8_output(grad.shape[0])
         x2, saved.x2 = saved.x2, None
@@ -247,10 +254,10 @@ class FusedLayer:
                 p.attention_output_norm, d_x2[:, :hidden], saved.y_attention, saved.rstd_attention, None,
                 p.o.border, rows,
             )  # fmt: skip
-        v = p.o.project_back(wide)
-        d_attended = p.o.backward(wide, v, rows=rows)
+        v, masks = p.o.project_back(wide), p.o.dropout(call.seed)
+        d_attended = p.o.backward(wide, v, rows=rows, dropout=masks)
         del rows
-        p.o.adapter_gradients(saved.attended, saved.u_o, wide[:, : p.o.n], v, gradients)
+        p.o.adapter_gradients(saved.attended, saved.u_o, wide[:, : p.o.n], v, gradients, dropout=masks)
         n_q, _, dim = p.heads
         rotated = saved.qkv if p.head_norms is None else self._rotated(saved.qkv, call)
         q, k, v = self._heads(rotated)
@@ -267,12 +274,12 @@ class FusedLayer:
             dq, dk, dv, raw, cos, sin, p.heads, p.qkv_bias, p.head_norms, wide[:, : p.qkv.n]
         )
         del dq, dk, dv, raw
-        v = p.qkv.project_back(wide)
+        v, masks = p.qkv.project_back(wide), p.qkv.dropout(call.seed)
         d_qkv, factor = wide[:, : p.qkv.n], p.input_norm.factor
-        p.qkv.adapter_gradients(saved.x, saved.u_qkv, d_qkv, v, gradients, saved.rstd1, factor)
+        p.qkv.adapter_gradients(saved.x, saved.u_qkv, d_qkv, v, gradients, saved.rstd1, factor, masks)
         if not needs_input:
             return None
-        d_normed = p.qkv.backward(wide, v)
+        d_normed = p.qkv.backward(wide, v, dropout=masks)
         # the layer below feeds this to its down projection: same shape, same border
         out = self._norm_backward(
             p.input_norm, d_normed, saved.x, saved.rstd1, d_x2[:, :hidden], p.down.border
@@ -303,7 +310,7 @@ class _LayerFunction(torch.autograd.Function):
         y = layer.attention(x, delta, call, saved)
         if not call.training or layer.policy in RECOMPUTED:
             saved = keep_only(saved, "full")
-        out = layer.mlp(y, saved)
+        out = layer.mlp(y, call, saved)
         assert saved.x2 is not None
         x2 = saved.x2.view_as(saved.x2)  # an alias: the node must not hold its own output
         if call.training:
@@ -325,7 +332,7 @@ class _LayerFunction(torch.autograd.Function):
         if layer.policy in RECOMPUTED:
             saved = layer.recompute(saved, call)
         gradients = Gradients()
-        d_mid, rows = layer.mlp_backward(d_out, saved, gradients)
+        d_mid, rows = layer.mlp_backward(d_out, saved, call, gradients)
         needs_x, needs_delta = ctx.needs_input_grad[:2]
         dx = layer.attention_backward(d_mid, rows, saved, call, gradients, needs_x or needs_delta)
         returned = gradients.collect(ctx.ours)

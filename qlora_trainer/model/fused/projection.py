@@ -11,6 +11,10 @@ so every activation that enters a product lives in a buffer with R spare columns
 extended weight is one [N+R, K+R] matrix holding W, A below it and s·B beside it. It is written
 from the 4-bit codes into a workspace shared by all layers, or stays resident when memory is
 plentiful: the same numbers either way.
+
+LoRA dropout hides parts of x from the adapters and not from W. Forward, only the border changes, to
+scale·(mask ∘ x)·Aᵀ. Backward, no inner dimension can carry scale·mask ∘ (dy·s·B·A): the product leaves
+the border out and that is added to it.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from qlora_trainer.kernels import Adapter, Fp8Rows, Operations, QuantizedWeight, Target
+from qlora_trainer.kernels import Adapter, Dropout, Fp8Rows, Operations, QuantizedWeight, Target
 
 # The inner dimension of a matrix-unit tile: a narrower border would cost the same time.
 _ALIGN = {"cuda": 64, "cpu": 1}
@@ -30,13 +34,14 @@ _ALIGN = {"cuda": 64, "cpu": 1}
 
 @dataclass
 class Member:
-    """One projection of a group: `weight` [n, K] frozen, LoRA pair or None."""
+    """One projection of a group: `weight` [n, K] frozen, LoRA pair or None, PEFT's own dropout module."""
 
     name: str
     weight: QuantizedWeight | Tensor
     lora_A: nn.Parameter | None = None  # [r, K]
     lora_B: nn.Parameter | None = None  # [n, r]
     scaling: float = 1.0
+    dropout: nn.Dropout | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -70,11 +75,13 @@ class Workspace:
     """Buffers that hold the extended weight in use, one a role, each as large as its largest tenant.
 
     `generation` counts passes over the model: adapters may have changed between two of them.
+    `adapters` counts those of all groups made so far: an adapter's number is its masks' for good.
     """
 
     device: torch.device
     dtype: torch.dtype
     generation: int = 0
+    adapters: int = 0
     _buffers: dict[str, Tensor] = field(default_factory=dict)
     _tenants: dict[str, tuple[int, int]] = field(default_factory=dict)
     _sizes: dict[str, int] = field(default_factory=dict)
@@ -119,6 +126,12 @@ class Projection:
             row += member.shape[0]
         align = _ALIGN.get(workspace.device.type, 1)
         self.rank = rank
+        self.ranks = tuple(m.lora_A.shape[0] for m, _, _ in self._adapters if m.lora_A is not None)
+        rates = {m.dropout.p if m.dropout is not None else 0.0 for m, _, _ in self._adapters}
+        assert len(rates) <= 1, f"{name}: one rate of dropout a group"
+        self.rate = max(rates, default=0.0)
+        self.first_adapter = workspace.adapters
+        workspace.adapters += len(self._adapters)
         self.pad = -(-rank // align) * align
         self.border = self.pad
         self._resident: Tensor | None = None
@@ -141,6 +154,12 @@ class Projection:
         if len(self.members) == 1:
             return spans.get(0, (0, 0)), spans.get(0, (0, 0))
         return spans.get(0, (0, 0)), spans.get(self.members[0].shape[0], (0, 0))
+
+    def dropout(self, seed: Tensor | None, row0: int = 0) -> Dropout | None:
+        """The masks of a micro-batch for rows from `row0` on; None where nothing is dropped."""
+        if seed is None or not self.rate:
+            return None
+        return Dropout(self.rate, seed, self.first_adapter, self.ranks, row0)
 
     # -- the weight ------------------------------------------------------------------------------
 
@@ -214,11 +233,15 @@ class Projection:
         """Where the projection of a wide activation on the adapters goes: [M, pad]."""
         return wide[:, wide.shape[1] - self.pad :]
 
-    def project(self, wide: Tensor) -> Tensor:
-        """x·Aᵀ of a wide input, in its `room`."""
+    def project(self, wide: Tensor, dropout: Dropout | None = None) -> Tensor:
+        """x·Aᵀ of a wide input, in its `room`; of what `dropout` leaves of x, times its scale."""
         u = self.room(wide)
         if self.rank:
-            torch.mm(wide[:, : self.k], self.extended()[self.n :, : self.k].T, out=u)
+            x, a = wide[:, : self.k], self.extended()[self.n :, : self.k]
+            if dropout is None:
+                torch.mm(x, a.T, out=u)
+            else:
+                self.operations.project_dropped(x, a, dropout, u)
         return u
 
     def project_back(self, wide: Tensor) -> Tensor:
@@ -236,11 +259,17 @@ class Projection:
         return torch.mm(wide, weight) if out is None else torch.mm(wide, weight, out=out)
 
     def backward(
-        self, wide: Tensor, v: Tensor, out: Tensor | None = None, rows: Fp8Rows | None = None
-    ) -> Tensor:
+        self, wide: Tensor, v: Tensor, out: Tensor | None = None, rows: Fp8Rows | None = None,
+        dropout: Dropout | None = None,
+    ) -> Tensor:  # fmt: skip
         """dx [M, K] of a wide dy and its projection; `rows` from `fp8_output`, already written."""
         weight = self.extended()[:, : self.k]
-        return torch.mm(wide, weight) if out is None else torch.mm(wide, weight, out=out)
+        if dropout is None:
+            return torch.mm(wide, weight) if out is None else torch.mm(wide, weight, out=out)
+        dy, base = wide[:, : self.n], weight[: self.n]
+        dx = torch.mm(dy, base) if out is None else torch.mm(dy, base, out=out)
+        self.operations.add_dropped_(dx, v, weight[self.n :], dropout)
+        return dx
 
     def targets(self, gradients: Gradients) -> tuple[list[Target], list[Target]]:
         """Where the products for dA (rank x K) and for dB (rank x N) belong."""
@@ -268,14 +297,15 @@ class Projection:
 
     def adapter_gradients(
         self, x: Tensor, u: Tensor, dy: Tensor, v: Tensor, gradients: Gradients,
-        row_scale: Tensor | None = None, column_scale: Tensor | None = None,
+        row_scale: Tensor | None = None, column_scale: Tensor | None = None, dropout: Dropout | None = None,
     ) -> None:  # fmt: skip
         """Adds dA = (dy·s·B)ᵀ·x and dB = s·dyᵀ·u; u and v from the projections, [M, ≥ rank].
 
         The input of the product may be given unscaled: it is row_scale ∘ x ∘ column_scale.
+        Under `dropout` an adapter's x is scale · mask ∘ x.
         """
         of_a, of_b = self.targets(gradients)
         if of_a:
-            self.operations.thin_gradient(v[:, : self.rank], x, row_scale, column_scale, of_a)
+            self.operations.thin_gradient(v[:, : self.rank], x, row_scale, column_scale, of_a, dropout)
         if of_b:
             self.operations.thin_gradient(u[:, : self.rank], dy, None, None, of_b)

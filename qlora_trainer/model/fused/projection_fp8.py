@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qlora_trainer.kernels import Fp8Rows
+from qlora_trainer.kernels import Dropout, Fp8Rows
 
 from .projection import Projection
 
@@ -63,11 +63,15 @@ class Fp8Projection(Projection):
             return super().room(wide)
         return torch.empty((wide.shape[0], self.pad), dtype=wide.dtype, device=wide.device)
 
-    def project(self, wide: Tensor) -> Tensor:
+    def project(self, wide: Tensor, dropout: Dropout | None = None) -> Tensor:
         if self._weight is None:
-            return super().project(wide)
+            return super().project(wide, dropout)
         self._refresh()
-        return wide @ self._a.T
+        if dropout is None:
+            return wide @ self._a.T
+        u = self.room(wide)
+        self.operations.project_dropped(wide, self._a, dropout, u)
+        return u
 
     def project_back(self, wide: Tensor) -> Tensor:
         if self._weight is None:
@@ -102,10 +106,15 @@ class Fp8Projection(Projection):
         return self._product(wide, rows, u, 1.0 / _FORWARD, self._weight, self._scale, out)
 
     def backward(
-        self, wide: Tensor, v: Tensor, out: Tensor | None = None, rows: Fp8Rows | None = None
-    ) -> Tensor:
+        self, wide: Tensor, v: Tensor, out: Tensor | None = None, rows: Fp8Rows | None = None,
+        dropout: Dropout | None = None,
+    ) -> Tensor:  # fmt: skip
         if self._weight is None or self._weight_back is None:
-            return super().backward(wide, v, out)
+            return super().backward(wide, v, out, dropout=dropout)
         self._refresh()
         rows = self._rows(wide) if rows is None else rows
-        return self._product(wide, rows, v, 1.0 / _BACKWARD, self._weight_back, self._scale_back, out)
+        border = v if dropout is None else torch.zeros_like(v)  # A stays beside the weight, unused
+        dx = self._product(wide, rows, border, 1.0 / _BACKWARD, self._weight_back, self._scale_back, out)
+        if dropout is not None:
+            self.operations.add_dropped_(dx, v, self._a, dropout)
+        return dx

@@ -89,14 +89,17 @@ def _member(module: Any, name: str) -> tuple[Member, Tensor | None]:
     ):
         raise Declined(f"{name} uses DoRA or another variant of LoRA")
     dropout = module.lora_dropout[adapter]
-    if isinstance(dropout, nn.Dropout) and dropout.p > 0:
-        raise Declined(f"{name} has lora_dropout={dropout.p}")
+    if type(dropout) is nn.Identity:
+        dropout = None
+    elif type(dropout) is not nn.Dropout or dropout.p >= 1:
+        raise Declined(f"{name} has lora_dropout={dropout}")
     a: Any = module.lora_A[adapter]
     b: Any = module.lora_B[adapter]
     if any(type(half) is not nn.Linear for half in (a, b)) or b.bias is not None:
         raise Declined(f"{name}'s adapter is not a plain pair of matrices")
     weight = _frozen(base, name)
-    return Member(name, weight, a.weight, b.weight, float(module.scaling[adapter])), base.bias
+    member = Member(name, weight, a.weight, b.weight, float(module.scaling[adapter]), dropout)
+    return member, base.bias
 
 
 def _group(
@@ -110,6 +113,8 @@ def _group(
     members, biases = zip(*(_member(getattr(parent, name), name) for name in names), strict=True)
     if len({m.shape[1] for m in members}) != 1:
         raise Declined(f"{', '.join(names)} differ in input width")
+    if len({m.dropout.p if m.dropout else 0.0 for m in members if m.lora_A is not None}) > 1:
+        raise Declined(f"{', '.join(names)} differ in lora_dropout")
     return make("+".join(names), members, operations, workspace, role), list(biases)
 
 
