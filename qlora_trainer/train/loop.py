@@ -80,7 +80,6 @@ class StepTag:
     supervised: int
     rows: tuple[int, ...]
     batch: str
-    started: float
 
 
 class Optimizer(Protocol):
@@ -164,25 +163,22 @@ def train(
         OutOfMemoryError: a step does not fit on some rank; the state before it has been saved.
     """
     memory = memory or MemoryGuard(ranks.device)
-    readback: Readback[StepTag] = Readback()
+    readback: Readback[StepTag] = Readback(ranks.device)
     pace = Pace(ranks.device)
-    saved, last_arrival = progress.step, time.monotonic()
+    saved = progress.step
 
     def drain(everything: bool = False) -> None:
-        nonlocal last_arrival
-        for tag, (loss, grad_norm) in readback.ready(drain=everything):
-            now = time.monotonic()
-            seconds, last_arrival = now - max(last_arrival, tag.started), now
+        for tag, (loss, grad_norm), seconds in readback.ready(drain=everything):
             finite = _is_finite(loss) and _is_finite(grad_norm)
             if tag.step % options.logging_steps == 0 or tag.step == options.total_steps or not finite:
                 log(_record(tag, loss, grad_norm, seconds, finite))
             progress.nonfinite = count_nonfinite(progress.nonfinite, finite, tag.step, tag.rows)
 
     def save_now() -> None:
-        nonlocal saved, last_arrival
+        nonlocal saved
         drain(everything=True)
         save(progress)
-        saved, last_arrival = progress.step, time.monotonic()
+        saved = progress.step
 
     def stopped() -> PreemptedError:
         return PreemptedError(
@@ -192,7 +188,6 @@ def train(
 
     def boundary() -> None:
         """Between two steps: evaluation, a checkpoint, the end of a run that was told to stop."""
-        nonlocal last_arrival
         last = progress.step == options.total_steps
         stopping = ranks.any(stop_requested())
         changed = progress.step > saved
@@ -206,7 +201,6 @@ def train(
                 if progress.best_loss is None or result["eval_loss"] < progress.best_loss:
                     progress.best_loss, progress.best_step = result["eval_loss"], progress.step
                 log({"step": progress.step, **result})
-            last_arrival = time.monotonic()
         if changed and (last or stopping or _due(progress.step, options.save_steps)):
             save_now()
         if stopping:
@@ -216,6 +210,7 @@ def train(
     steps = _steps(loader, progress.epoch, progress.index)
     while progress.step < options.total_steps:
         started = time.monotonic()
+        readback.begin()
         epoch, index = progress.epoch, progress.index
         step_batch = next(steps)
         scale.fill_(1.0 / max(step_batch.total_weight, 1e-8))
@@ -269,7 +264,6 @@ def train(
             supervised=supervised,
             rows=tuple(sums.rows),
             batch=f"{sums.checksum:08x}",
-            started=started,
         )
         readback.push(tag, torch.stack((sums.loss * scale, grad_norm.to(sums.loss.dtype))))
         drain()

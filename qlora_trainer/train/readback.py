@@ -1,11 +1,13 @@
 """Numbers on their way from the device to the host, without making the device wait.
 
 A step pushes a few float32 scalars; they are copied to pinned memory behind an event and come out,
-in order, one or more steps later. On a CPU they come out at once.
+in order, one or more steps later, with the time the step took by the device's own clock: the host's
+would tell when it looked. On a CPU they come out at once.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from typing import Generic, TypeVar
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 Tag = TypeVar("Tag")
+_Moment = torch.cuda.Event | float
 
 
 class Readback(Generic[Tag]):
@@ -22,32 +25,43 @@ class Readback(Generic[Tag]):
     number (three not finite in a row) act in the same step. On a CPU there is nothing to wait for.
     """
 
-    def __init__(self, depth: int = 2) -> None:
-        self.depth = depth
-        self._queue: deque[tuple[Tag, Tensor, torch.cuda.Event | None]] = deque()
+    def __init__(self, device: torch.device, depth: int = 2) -> None:
+        self._on_gpu, self.depth = device.type == "cuda", depth
+        self._begun = self._now()
+        self._queue: deque[tuple[Tag, Tensor, _Moment, _Moment]] = deque()
+
+    def _now(self) -> _Moment:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def begin(self) -> None:
+        """A step begins, once the device has done what it was given before."""
+        self._begun = self._now()
 
     def push(self, tag: Tag, values: Tensor) -> None:
         """Takes a 1-d tensor of scalars; it may be overwritten by its owner afterwards."""
-        if values.is_cuda:
-            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            host.copy_(values, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._queue.append((tag, host, event))
-        else:
-            self._queue.append((tag, values.clone(), None))
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=self._on_gpu)
+        host.copy_(values, non_blocking=True)
+        self._queue.append((tag, host, self._begun, self._now()))
 
-    def ready(self, drain: bool = False) -> list[tuple[Tag, list[float]]]:
-        """What is due, oldest first; with `drain`, everything that was pushed."""
+    def ready(self, drain: bool = False) -> list[tuple[Tag, list[float], float]]:
+        """(tag, values, seconds from `begin` to `push`) of what is due, oldest first; all with `drain`."""
         arrived = []
         while self._queue:
-            tag, values, event = self._queue[0]
-            if event is not None:
+            tag, values, begun, ended = self._queue[0]
+            if isinstance(ended, torch.cuda.Event) and isinstance(begun, torch.cuda.Event):
                 if not drain and len(self._queue) <= self.depth:
                     break
-                event.synchronize()
+                ended.synchronize()
+                seconds = begun.elapsed_time(ended) / 1e3
+            else:
+                assert isinstance(begun, float) and isinstance(ended, float)
+                seconds = ended - begun
             self._queue.popleft()
-            arrived.append((tag, values.tolist()))
+            arrived.append((tag, values.tolist(), seconds))
         return arrived
 
 

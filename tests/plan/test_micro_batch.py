@@ -38,7 +38,7 @@ def test_short_rows_run_together_where_launching_takes_longer_than_computing() -
     found = plan("H100", SHORT)
     assert found.rows > 1 and found.fits
     alone = make_plan(config(STEP, SHORT), hardware.parse("H100"), llama3_8b())
-    assert found.seconds_per_step < alone.seconds_per_step / 2
+    assert found.seconds_per_step < 0.6 * alone.seconds_per_step
     assert found.tokens_per_step == alone.tokens_per_step
 
 
