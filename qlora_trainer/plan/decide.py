@@ -56,6 +56,8 @@ def _decide(shape: ModelShape, settings: Settings, hardware: Hardware) -> Decisi
     choice, room = choose(shape, settings, hardware), budget(hardware)
     phases = memory.phases(shape, settings, choice.policies, choice.state, choice.dequantized)
     graphs = _graphs(settings, phases, room)
+    if graphs:
+        phases = memory.captured(phases)
     micro = micro_batch_seconds(shape, settings, hardware, choice.policies, choice.dequantized, graphs)
     update = optimizer_seconds(shape, settings, hardware, choice.host_state)
     seconds = None if micro is None or update is None else micro * settings.accumulation + update
@@ -67,4 +69,4 @@ def _graphs(settings: Settings, phases: tuple[memory.Phase, ...], room: int) -> 
     if settings.device == "cpu" or not settings.fast or settings.offload == "layers":
         return False
     step = next(phase for phase in phases if phase.name == "step")
-    return step.total + graph_memory(step) <= room
+    return step.total + graph_memory(step) + memory.CAPTURED_WORKSPACE <= room

@@ -22,6 +22,7 @@ NESTED_BLOCK = 256  # scales that share a second-level scale
 STATE_BLOCK = 256  # elements that share an 8-bit moment's scale (optim/eight_bit.py)
 PAGE_ELEMENTS, SLOTS = 1 << 21, 3  # optim/pages.py
 CUBLAS_WORKSPACE = 65 * MIB  # 32 MiB each for cuBLAS and cuBLASLt on Hopper
+CAPTURED_WORKSPACE = 32 * MIB  # and one more on the stream that CUDA graphs are captured on
 CONTEXT = {"cuda": 500 * MIB, "cpu": 640 * MIB}  # outside PyTorch's allocator: CUDA, or the whole process
 
 
@@ -235,6 +236,16 @@ def load_phase(shape: ModelShape, settings: Settings, base: Fixed) -> Phase:
 def save_phase(settings: Settings, base: Fixed, state: int, dequantized: int = 0) -> Phase:
     """State is copied to the host piece by piece; nothing is added on the device."""
     return Phase("save", _parts(base, settings, state, dequantized) | {"workspace": _cublas(settings)})
+
+
+def captured(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
+    """The same with CUDA graphs, which exist from the second step on."""
+    return tuple(
+        phase
+        if phase.name == "load"
+        else Phase(phase.name, phase.parts | {"workspace": phase.parts["workspace"] + CAPTURED_WORKSPACE})
+        for phase in phases
+    )
 
 
 def _parts(base: Fixed, settings: Settings, state: int, dequantized: int = 0) -> dict[str, int]:
