@@ -10,7 +10,7 @@ from rich.console import Console
 
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import ConfigError
-from qlora_trainer.plan import hardware, screen
+from qlora_trainer.plan import hardware, memory, screen
 from qlora_trainer.plan.choose import HOST_SHARE
 from qlora_trainer.plan.plan import RunPlan, check, compare, make_plan
 from qlora_trainer.plan.settings import DataFacts
@@ -207,6 +207,18 @@ def test_graphs_only_where_their_own_memory_fits() -> None:
     assert plan("24GiB").graphs
     assert not plan("H100", ("model.offload", "layers")).graphs
     assert not plan("H100", ("model.kernels", "reference")).graphs
+
+
+def test_graphs_take_a_workspace_of_their_own(monkeypatch) -> None:
+    cells = {"captured": (), "streamed": (("model.offload", "layers"),)}
+    counted = {name: plan("H100", *keys).phases for name, keys in cells.items()}
+    monkeypatch.setattr(memory, "CAPTURED_WORKSPACE", 0)
+    more = {
+        name: [a.total - b.total for a, b in zip(counted[name], plan("H100", *keys).phases, strict=True)]
+        for name, keys in cells.items()
+    }
+    assert more["captured"][0] == 0 and set(more["captured"][1:-1]) == {32 << 20}  # loading comes before
+    assert set(more["streamed"]) == {0}
 
 
 def test_cpu_keeps_the_dequantized_weights(tmp_path) -> None:
