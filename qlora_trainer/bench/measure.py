@@ -1,7 +1,7 @@
 """Times optimizer steps of one cell, with peak memory and a breakdown by kernel.
 
 Time is device time between events around a whole step (all micro-batches, clipping, update),
-median of `repeats`; memory is PyTorch's own peak, fixed costs included.
+median of `repeats`, or of fewer where a step is long; memory is PyTorch's own peak, fixed costs included.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ KINDS: list[tuple[str, tuple[str, ...]]] = [
     ("copies", ("memcpy", "copy", "Memcpy", "memset", "Memset", "Fill", "index")),
     ("optimizer", ("adam", "Adam")),
 ]
+
+ENOUGH = 30.0  # seconds of timed steps: long ones are repeated less, though never only once
 
 
 @dataclass(frozen=True)
@@ -135,10 +137,14 @@ class Bench:
         torch.cuda.synchronize()
         first = time.perf_counter() - start
         torch.cuda.reset_peak_memory_stats()
-        for _ in range(warmup):
+        start = time.perf_counter()
+        loss = step()
+        torch.cuda.synchronize()
+        affordable = max(2, int(ENOUGH / (time.perf_counter() - start)))
+        for _ in range(min(warmup, affordable // 2) - 1):
             loss = step()
         events = []
-        for _ in range(repeats):
+        for _ in range(min(repeats, affordable)):
             pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             pair[0].record()
             loss = step()

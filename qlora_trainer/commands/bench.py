@@ -38,6 +38,7 @@ def run(config: RunConfig) -> None:
     device = pick_device(config.model.device)
     if device.type != "cuda":
         raise ConfigError("bench measures a CUDA GPU and there is none here; `plan` estimates without one")
+    console = Console()
     started = time.perf_counter()
     plan = plan_of(config)
     base = wiring.base_options(config, device)
@@ -62,6 +63,10 @@ def run(config: RunConfig) -> None:
         resident_bytes=plan.dequantized,
         embeddings="device" if plan.offload == "none" else "host",
     )
+    console.print(
+        f"[dim]random weights of {base.name_or_path}; steps of {cell.accumulation} x {cell.rows} x "
+        f"{cell.length} tokens, planned at {plan.seconds_per_step or 0.0:.1f} s; the first compiles[/dim]"
+    )
     torch.cuda.reset_peak_memory_stats()
     result, profile = measure.Bench(model, shape.vocab_size).measure(cell, profile=True)
     assert profile is not None
@@ -69,7 +74,6 @@ def run(config: RunConfig) -> None:
     flops = measure.model_flops(model, shape, cell.mean_length or cell.length)
     ceiling = measure.matrix_rate(device)
 
-    console = Console()
     table = Table(title=f"{cell.name} on one {torch.cuda.get_device_name(device)}", show_header=False)
     table.add_row("micro-batch", f"{cell.rows} x {cell.length} tokens, {cell.accumulation} a step")
     table.add_row("activations", plan.policy_summary())
