@@ -96,13 +96,14 @@ class FusedForward:
             host,
         )
 
-    def prepare(self, batch: Batch) -> Inputs:
+    def prepare(self, batch: Batch, longest: int | None = None) -> Inputs:
         """The batch on the device; give it while it is still on the host.
 
-        LoRA dropout is on where PEFT's modules would have it on: in training mode.
+        LoRA dropout is on where PEFT's modules would have it on: in training mode. `longest` as in
+        `inputs.prepare`.
         """
         dropout = any(module.training for module in self._dropouts)
-        return prepare(batch, self.device, self.embeddings_on_host, dropout)
+        return prepare(batch, self.device, self.embeddings_on_host, dropout, longest)
 
     def __call__(self, batch: Batch) -> Tensor:
         return self.run(self.prepare(batch))

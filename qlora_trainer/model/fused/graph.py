@@ -2,13 +2,16 @@
 
 At a few thousand tokens a step the host cannot launch as fast as the GPU computes. The first
 micro-batch of a shape runs as usual, for real; the second is captured, and every further one
-replays. Shapes repeat because `inputs.py` rounds the value-dependent ones up.
+replays. Shapes repeat because `inputs.py` rounds them up; where they are too many all the same, the
+frequent ones are captured and the rest runs as usual: a graph takes longer to capture than to launch.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +21,8 @@ from qlora_trainer.data.batch import Batch
 from .decoder import FusedForward
 from .inputs import Inputs
 
+T = TypeVar("T")
+
 
 @dataclass
 class _Captured:
@@ -26,26 +31,65 @@ class _Captured:
     loss: Tensor
 
 
+class Frequent(Generic[T]):
+    """Keeps what was made for the most frequent keys, `room` of them at most.
+
+    A key is worth it from its second visit on; once there is no room, from twice as many visits as the
+    rarest that is kept has had, whose place it takes. So nothing is made again for a few visits' sake.
+    """
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.kept: dict[Hashable, T] = {}
+        self._visits: Counter[Hashable] = Counter()
+
+    def visit(self, key: Hashable) -> T | None:
+        """What is kept for the key."""
+        self._visits[key] += 1
+        return self.kept.get(key)
+
+    def makes_room(self, key: Hashable) -> bool:
+        """Whether something should be made for the key, which has just been visited; and room for it."""
+        visits = self._visits[key]
+        if visits > 1 and len(self.kept) >= self.room:
+            rarest = min(self.kept, key=self._visits.__getitem__)
+            if visits <= 2 * self._visits[rarest]:
+                return False
+            del self.kept[rarest]
+        return visits > 1
+
+    def clear(self) -> None:
+        self.kept.clear()
+        self._visits.clear()
+
+
 class GraphedMicroStep:
     """Forward and backward of one micro-batch; a drop-in for the loop's plain micro-step.
 
     Args:
         forward: the fused forward. Its adapters must have `main_grad`: a graph writes to fixed memory.
         parameters: the trainable parameters.
-        max_graphs: captured shapes kept, least recently used out first.
+        longest: tokens of the longest row; None: shapes are left as they come (`inputs.even`).
+        max_graphs: captured shapes kept.
 
     Attributes:
         scale: float32 scalar on the device, 1 / weight of the optimizer step; fill it in place.
     """
 
-    def __init__(self, forward: FusedForward, parameters: list[nn.Parameter], max_graphs: int = 16) -> None:
+    def __init__(
+        self,
+        forward: FusedForward,
+        parameters: list[nn.Parameter],
+        longest: int | None = None,
+        max_graphs: int = 24,
+    ) -> None:
         missing = sum(getattr(p, "main_grad", None) is None for p in parameters)
         assert not missing, f"{missing} parameters have no main_grad: make the optimizer first"
-        self.forward, self.max_graphs = forward, max_graphs
+        self.forward, self.longest = forward, longest
         self.scale = torch.ones((), device=forward.device)
-        self._seen: set[object] = set()
-        self._graphs: OrderedDict[object, _Captured] = OrderedDict()
-        self._pool = torch.cuda.graph_pool_handle() if forward.device.type == "cuda" else None
+        self._graphs = Frequent[_Captured](max_graphs)
+        capturable = forward.device.type == "cuda" and forward.capturable
+        self._pool = torch.cuda.graph_pool_handle() if capturable else None
 
     def _step(self, inputs: Inputs) -> Tensor:
         loss = self.forward.run(inputs)
@@ -54,19 +98,14 @@ class GraphedMicroStep:
 
     def __call__(self, batch: Batch) -> Tensor:
         """Loss sum of `batch` (on the host, best), float32 scalar; gradients are added to `main_grad`."""
-        inputs = self.forward.prepare(batch)
-        if self._pool is None or not self.forward.capturable:
-            return self._step(inputs)
-        key = inputs.key
-        if key not in self._graphs:
-            if key not in self._seen:
-                self._seen.add(key)
-                return self._step(inputs)  # compiles kernels and lets cuDNN plan
-            self._graphs[key] = self._capture(inputs)
-            if len(self._graphs) > self.max_graphs:
-                self._graphs.popitem(last=False)
-        self._graphs.move_to_end(key)
-        captured = self._graphs[key]
+        if self._pool is None:
+            return self._step(self.forward.prepare(batch))
+        inputs = self.forward.prepare(batch, self.longest)
+        captured = self._graphs.visit(inputs.key)
+        if captured is None:
+            if not self._graphs.makes_room(inputs.key):
+                return self._step(inputs)  # the first of a shape compiles kernels and lets cuDNN plan
+            captured = self._graphs.kept[inputs.key] = self._capture(inputs)
         for name, value in inputs.tensors().items():
             getattr(captured.inputs, name).copy_(value, non_blocking=True)
         captured.graph.replay()
@@ -75,7 +114,6 @@ class GraphedMicroStep:
     def release(self) -> None:
         """Gives the memory of all captured graphs back; shapes that return are captured again."""
         self._graphs.clear()
-        self._seen.clear()
 
     def _capture(self, inputs: Inputs) -> _Captured:
         static = Inputs(**{name: value.clone() for name, value in inputs.tensors().items()})
