@@ -15,7 +15,7 @@ from qlora_trainer.config.watch import with_values
 from qlora_trainer.plan import settings as settings_module
 from qlora_trainer.plan.decide import Decision, decide
 from qlora_trainer.plan.hardware import Hardware
-from qlora_trainer.plan.memory import CONTEXT
+from qlora_trainer.plan.memory import context
 from qlora_trainer.plan.settings import DataFacts, Settings
 from qlora_trainer.plan.shapes import ModelShape
 
@@ -90,7 +90,7 @@ def _together(start: _Tried, plan: Callable[[Values], Decision]) -> list[_Tried]
 def _best(start: _Tried, plan: Callable[[Values], Decision]) -> list[_Tried]:
     """What helps `start`, by what it costs; of one kind the mildest that fits, else what comes nearest."""
     kinds: dict[str, list[_Tried]] = {}
-    always = CONTEXT[start.found.settings.device]
+    always = context(start.found.settings)
     for values, consequence in _candidates(start.found.settings):
         found = plan(start.values | values)
         if found.peak - always < 0.99 * (start.found.peak - always):

@@ -24,6 +24,7 @@ PAGE_ELEMENTS, SLOTS = 1 << 21, 3  # optim/pages.py
 CUBLAS_WORKSPACE = 65 * MIB  # 32 MiB each for cuBLAS and cuBLASLt on Hopper
 CAPTURED_WORKSPACE = 32 * MIB  # and one more on the stream that CUDA graphs are captured on
 CONTEXT = {"cuda": 500 * MIB, "cpu": 640 * MIB}  # outside PyTorch's allocator: CUDA, or the whole process
+GPTQMODEL = 512 * MIB  # of the process: that library, and the compiler that it calls on a CPU
 
 
 @dataclass(frozen=True)
@@ -248,6 +249,12 @@ def captured(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
     )
 
 
+def context(settings: Settings) -> int:
+    """Bytes outside PyTorch's allocator."""
+    packed = settings.device == "cpu" and settings.method in ("gptq", "awq")
+    return CONTEXT[settings.device] + (GPTQMODEL if packed else 0)
+
+
 def _parts(base: Fixed, settings: Settings, state: int, dequantized: int = 0) -> dict[str, int]:
     return {
         "base weights": base.base_weights,
@@ -261,7 +268,7 @@ def _parts(base: Fixed, settings: Settings, state: int, dequantized: int = 0) ->
         "activations": 0,
         "logits": 0,
         "workspace": 0,
-        "context": CONTEXT[settings.device],
+        "context": context(settings),
     }
 
 

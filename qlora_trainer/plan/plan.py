@@ -94,7 +94,7 @@ class RunPlan:
     def training_host(self) -> int:
         """Bytes of RAM that this process takes at most until training ends."""
         if self.hardware.device == "cpu":
-            return self.training_peak + memory.CONTEXT["cpu"] + self.host["data"]
+            return self.training_peak + self.peak.parts["context"] + self.host["data"]
         return sum(self.host.values())
 
     @property
