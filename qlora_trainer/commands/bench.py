@@ -63,9 +63,10 @@ def run(config: RunConfig) -> None:
         resident_bytes=plan.dequantized,
         embeddings="device" if plan.offload == "none" else "host",
     )
+    planned = "" if plan.seconds_per_step is None else f", {plan.seconds_per_step:.2f} s each by the plan"
+    steps = f"steps of {cell.accumulation} x {cell.rows} x {cell.length} tokens{planned}; the first compiles"
     console.print(
-        f"[dim]random weights of {base.name_or_path}; steps of {cell.accumulation} x {cell.rows} x "
-        f"{cell.length} tokens, planned at {plan.seconds_per_step or 0.0:.1f} s; the first compiles[/dim]"
+        f"[dim]random weights of {base.name_or_path}; {steps}[/dim]", soft_wrap=True, highlight=False
     )
     torch.cuda.reset_peak_memory_stats()
     result, profile = measure.Bench(model, shape.vocab_size).measure(cell, profile=True)
