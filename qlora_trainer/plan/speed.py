@@ -3,8 +3,8 @@
 FLOPs of a token, full length n: 4·N for the frozen linear layers (forward, and the gradient of the
 input; they have no weight gradient), 4·V·h for the head where there is a label, 3.5·A for causal
 attention with A = 2·n·q per layer, 6·P for the adapter; what is computed twice comes on top. Bytes:
-weights that are dequantized, and activations between the products, which weigh the less the wider
-a model is.
+weights that are dequantized, weights as products read them (all that counts at a few hundred tokens), and
+activations between the products, which weigh the less the wider a model is.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ REFERENCE = Reach(0.78, 0.5, dequantization=0.6, activations=0.12, host=0.010, g
 CPU = Reach(1.0, 1.0, dequantization=1.0, activations=1.0, host=0.0, graphed=0.0)
 FP8 = 1.6  # times the speed of a product in bfloat16, its operands' way to e4m3 included (same machine)
 CPU_DEQUANTIZATION = 1.17  # an NF4 step beside one with dense weights
+# Rows are padded where graphs are to serve micro-batches, of fewer tokens than BUSY (model/fused/inputs.py).
+EVENED, BUSY = 1.08, 4096
 
 
 def reach(settings: Settings) -> Reach:
@@ -125,18 +127,24 @@ def micro_batch_seconds(
         return None
     part = reach(settings)
     tokens = settings.rows * settings.mean_length
+    if graphs and settings.mean_length < settings.length and tokens < BUSY:
+        tokens = settings.rows * min(EVENED * settings.mean_length, settings.length)
     whole = _whole_layers(shape, settings, policies)
+    passes = 2 + whole / len(policies)
     attention = _attention(shape, settings) * (3.5 * shape.layers + whole)
     products = token_flops(shape, settings, policies) - attention
     if settings.fp8:  # what is repeated is nearly all products with the base
         base = 4.0 * sum(x.numel for x in shape.linears) + _again(shape, settings, policies)
         products -= base * (1 - 1 / FP8)
-    seconds = tokens * (products / part.products + attention / part.attention) / hardware.flops
+    multiplied = tokens * products / (part.products * hardware.flops)
+    if hardware.bandwidth is not None:  # products of a short micro-batch wait for their weights
+        weights = (1 if settings.fp8 else settings.dtype_bytes) * sum(x.numel for x in shape.linears)
+        multiplied = max(multiplied, passes * weights / hardware.bandwidth)
+    seconds = multiplied + tokens * attention / (part.attention * hardware.flops)
     if hardware.bandwidth is not None:
         moved = tokens * activation_bytes(shape, settings, policies)
         seconds += moved / (hardware.bandwidth * part.activations)
     path = path_of(shape, settings)
-    passes = 2 + whole / len(policies)
     if is_quantized(settings) and not settings.fp8:
         if hardware.bandwidth is None:
             seconds *= 1.0 if dequantized else CPU_DEQUANTIZATION

@@ -117,4 +117,9 @@ def _template() -> Any:
 
 
 def _asset(name: str) -> str:
-    return resources.files("qlora_trainer.track").joinpath("report_page", name).read_text(encoding="utf-8")
+    return (
+        resources.files("qlora_trainer.track")
+        .joinpath("report_page")
+        .joinpath(name)
+        .read_text(encoding="utf-8")
+    )
