@@ -85,6 +85,15 @@ def require_library() -> None:
         )
 
 
+# For glibc, whose heaps, one a thread, give freed tensors back to the system and ask for them again. One heap
+# that keeps them: AWQ of SmolLM2 in 372 s and 1.65 GB instead of 742 and 0.99 (2 cores, 2026-11-22).
+ONE_HEAP = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
+    "MALLOC_MMAP_THRESHOLD_": str(512 << 20),
+}
+
+
 def quantize(
     source: Path,
     target: Path,
@@ -118,6 +127,8 @@ def quantize(
     # GPTQModel's pools need two workers; PASSIVE keeps its idle threads from eating a shared CPU. It moves
     # finished layers to temporary files: with the rest of the export, so that they go when it goes.
     environment = {"GPTQMODEL_CPU_WORKERS": "2", "OMP_WAIT_POLICY": "PASSIVE"} | os.environ
+    if device == "cpu":
+        environment = ONE_HEAP | environment
     environment["TMPDIR"] = str(target.absolute())
     read, write = os.pipe()
     with log.open("wb") as output:
