@@ -301,8 +301,18 @@ class Exporter:
             made=self._made(kind),
             data=list(self.source.data),
             settings=self.source.settings,
-            load=_LOADING.get(kind, _PLAIN),
+            load=self._loading(kind),
             tags=("qlora", kind),
+        )
+
+    def _loading(self, kind: str) -> str:
+        if kind not in METHODS:
+            return _LOADING.get(kind, _PLAIN)
+        options = self.options.quantize(kind)
+        settings, backend = options.gpu_kernel
+        return (
+            f"{_PLAIN}# where the kernel it picks for your GPU does not suit this model, name another:\n"
+            f"# quantization_config={settings}(bits={options.bits}, backend={backend!r})\n"
         )
 
     def _made(self, kind: str) -> str:
@@ -318,7 +328,7 @@ class Exporter:
         if self.source.adapter is None:
             text = f"The base without adapter, {stored}"
         if kind in METHODS:
-            text += f", then quantized: {self.options.quantize(kind)}"
+            text += f", then quantized: {self.options.quantize(kind).in_words}"
         elif kind != "merged":
             text += f", then converted to {kind}"
         return text + "."
@@ -329,11 +339,7 @@ _PLAIN = (
     "model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype='auto')\n"
     "tokenizer = AutoTokenizer.from_pretrained(FOLDER)\n"
 )
-# On an H100 GPTQModel picks a kernel that some widths do not suit, and loading fails.
-_KERNEL = "# where the kernel it picks for your GPU does not suit this model, name another:\n"
 _LOADING = {
-    "gptq": f"{_PLAIN}{_KERNEL}# quantization_config=GPTQConfig(bits=4, backend='gptq_triton')\n",
-    "awq": f"{_PLAIN}{_KERNEL}# quantization_config=AwqConfig(backend='gemm_triton')\n",
     "gguf": "# with llama.cpp\n# llama-cli -m FOLDER/model-*.gguf -cnv\n",
     "adapter": (
         "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n\n"

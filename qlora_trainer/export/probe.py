@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qlora_trainer.export.quantize import QuantizeOptions
 from qlora_trainer.train.signals import shield_worker
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -95,21 +96,15 @@ def _load(request: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def kernel(folder: Path, device: str) -> dict[str, Any]:
-    """What to tell `from_pretrained` so that a GPTQ or AWQ export runs on a GPU without a compiler.
-
-    Left to itself GPTQModel 7.6 takes Machete on an H100 whatever the widths are, and SmolLM2's 192 are
-    refused for not being a multiple of 128; its next choice, Marlin, compiles for minutes on first use.
-    """
-    from transformers import AwqConfig, GPTQConfig
+    """What to tell `from_pretrained` so that a GPTQ or AWQ export runs on a GPU, whatever its widths."""
+    import transformers
 
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config", {})
     method, bits = stored.get("quant_method"), stored.get("bits")
     if device != "cuda" or method not in ("gptq", "awq"):
         return {}
-    if method == "awq":
-        return {"quantization_config": AwqConfig(bits=bits, backend="gemm_triton")}
-    backend = "gptq_torch" if bits == 3 else "gptq_triton"  # Triton's kernel unpacks whole fractions of 32
-    return {"quantization_config": GPTQConfig(bits=bits, backend=backend)}
+    settings, backend = QuantizeOptions(method, bits).gpu_kernel
+    return {"quantization_config": getattr(transformers, settings)(bits=bits, backend=backend)}
 
 
 def _base_arguments(trained: dict[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,24 @@ class QuantizeOptions:
     sym: bool = True
     desc_act: bool = False
 
+    @property
+    def in_words(self) -> str:
+        groups = "whole rows" if self.group_size == -1 else f"groups of {self.group_size}"
+        zero = "symmetric" if self.sym else "asymmetric"
+        return f"{self.method.upper()}, {self.bits} bits, {groups}, {zero}" + ", desc_act" * self.desc_act
+
+    @property
+    def gpu_kernel(self) -> tuple[str, str]:
+        """(class of transformers, kernel of GPTQModel) that suit any width on a GPU and need no compiler.
+
+        Left to itself GPTQModel 7.6 takes Machete on an H100 whatever the widths are, and SmolLM2's 192 are
+        refused for not being a multiple of 128; its next choice, Marlin, compiles for minutes on first use.
+        """
+        if self.method == "awq":
+            return "AwqConfig", "gemm_triton"
+        # Triton's kernel unpacks whole fractions of 32
+        return "GPTQConfig", "gptq_torch" if self.bits == 3 else "gptq_triton"
+
     def check(self, linears: Mapping[str, tuple[int, ...]]) -> None:
         """Refuses what the library cannot do, before it has worked for an hour.
 

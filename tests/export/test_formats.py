@@ -152,3 +152,27 @@ def test_what_quantizers_cannot_do_is_refused_with_the_layer(options, word):
     linears = {"layers.0.down.weight": (64, 128), "layers.0.up.weight": (128, 64)}
     with pytest.raises(ConfigError, match=word):
         options.check(linears)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "made", "named"),
+    [
+        ("gptq", {}, "GPTQ, 4 bits, groups of 128, symmetric", "GPTQConfig(bits=4, backend='gptq_triton')"),
+        (
+            "gptq",
+            {"bits": 3, "group_size": -1, "sym": False, "desc_act": True},
+            "GPTQ, 3 bits, whole rows, asymmetric, desc_act",
+            "GPTQConfig(bits=3, backend='gptq_torch')",
+        ),
+        ("rtn", {"bits": 8}, "RTN, 8 bits", "GPTQConfig(bits=8, backend='gptq_triton')"),
+        ("awq", {"group_size": 64}, "AWQ, 4 bits, groups of 64", "AwqConfig(bits=4, backend='gemm_triton')"),
+    ],
+)
+def test_a_card_says_how_it_was_quantized_and_which_kernel_suits_any_width(run, kind, options, made, named):
+    card = exporter(run, **options)._card(kind)
+    assert f"then quantized: {made}" in card.made
+    assert named in card.load
+
+
+def test_a_card_of_what_needs_no_kernel_names_none(run):
+    assert "backend" not in exporter(run)._card("merged").load
