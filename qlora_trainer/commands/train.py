@@ -206,7 +206,7 @@ def _loop(
     micro_step: MicroStep | GraphedMicroStep
     if isinstance(forward, FusedForward) and plan.graphs:
         trainable = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
-        micro_step = GraphedMicroStep(forward, trainable, longest=plan.length)
+        micro_step = GraphedMicroStep(forward, trainable, longest=loader.longest)
     else:
         micro_step = MicroStep(forward, ranks.device)
 

@@ -150,6 +150,11 @@ class Loader:
         """int64 [M], tokens per row of each micro-batch, padding included."""
         return self._width(self.order(epoch).widest_rows(self.data.lengths))
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the widest row that any epoch can have, padding included."""
+        return int(self._width(self.data.lengths.max()))
+
     def _width(self, longest: Order) -> Order:
         """`max_length` when packing, else the longest row rounded up to 8."""
         if self.packing:

@@ -143,6 +143,16 @@ def test_grouping_by_length_saves_padding(data: TokenizedData) -> None:
     assert padding(group_by_length=True) < padding() / 2
 
 
+@pytest.mark.parametrize("layout", [{}, {"group_by_length": True}, {"packing": True}])
+def test_the_widest_row_is_known_before_any_epoch(data: TokenizedData, layout: dict[str, bool]) -> None:
+    """Whichever row a micro-batch has: shapes that are rounded up to it must not change with the epoch."""
+    rows = loader(data, **layout)
+    assert [int(rows.widths(epoch).max()) for epoch in range(3)] == [rows.longest] * 3
+    assert {b.input_ids.shape[1] for s in rows.steps(0) for b in s.micro_batches} <= set(
+        range(rows.longest + 1)
+    )
+
+
 def test_weights_of_sources_repeat_and_thin_out_rows(
     load: Callable[..., TokenizedData], rows_file: Path, tmp_path: Path
 ) -> None:

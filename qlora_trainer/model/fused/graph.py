@@ -69,7 +69,7 @@ class GraphedMicroStep:
     Args:
         forward: the fused forward. Its adapters must have `main_grad`: a graph writes to fixed memory.
         parameters: the trainable parameters.
-        longest: tokens of the longest row; None: shapes are left as they come (`inputs.even`).
+        longest: tokens of the run's widest row; None: shapes are left as they come (`inputs.even`).
         max_graphs: captured shapes kept.
 
     Attributes:

@@ -128,7 +128,7 @@ def prepare(
 
     embeddings: [V, h] on the host, if the table does not live on `device`.
     dropout: draw a seed, from torch's generator on the CPU: who restores that repeats the masks.
-    longest: tokens of the run's longest row, to round shapes up so that few graphs serve them all.
+    longest: tokens of the run's widest row, to round shapes up so that few graphs serve them all.
     """
     batch = batch.to("cpu", non_blocking=False) if batch.input_ids.device.type != "cpu" else batch
     if longest is not None:
