@@ -78,4 +78,7 @@ def test_parts_add_up_and_depend_on_what_they_should() -> None:
     assert step(r=64).parts["gradients"] == 4 * whole.parts["gradients"]
     assert step(fast=False).total > whole.total
     assert step(supervised=0.1).total < whole.total
+    cpu = {method: step(device="cpu", method=method).parts["context"] for method in ("nf4", "gptq", "awq")}
+    assert cpu["gptq"] == cpu["awq"] == cpu["nf4"] + memory.GPTQMODEL
+    assert step(method="gptq").parts["context"] == whole.parts["context"]
     assert step(method="none").parts["base weights"] == 4 * whole.parts["base weights"]
