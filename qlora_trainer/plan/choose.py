@@ -15,7 +15,7 @@ from qlora_trainer.plan.hardware import Hardware
 from qlora_trainer.plan.reference_path import ReferencePath
 from qlora_trainer.plan.settings import Settings
 from qlora_trainer.plan.shapes import ModelShape
-from qlora_trainer.plan.speed import micro_batch_seconds, optimizer_seconds, repeated_work
+from qlora_trainer.plan.speed import busy_tokens, micro_batch_seconds, optimizer_seconds, repeated_work
 
 USABLE = 0.97  # of the device: the rest goes to fragmentation
 COMFORTABLE = 0.92  # of the device: with the margin by which the plan may be wrong left free
@@ -102,9 +102,22 @@ def choose(shape: ModelShape, settings: Settings, hardware: Hardware) -> Choice:
     return min((choice for choice, total in zip(smallest, totals, strict=True) if total <= near), key=seconds)
 
 
-def graph_memory(step: memory.Phase) -> int:
+def graph_memory(shape: ModelShape, settings: Settings, step: memory.Phase) -> int:
     """What CUDA graphs hold on to: the first pass over each further shape cannot use it."""
-    return step.parts["activations"] + step.parts["logits"]
+    if not captures(shape, settings):
+        return 0
+    largest = min(settings.tokens, busy_tokens(shape))
+    return (step.parts["activations"] + step.parts["logits"]) * largest // settings.tokens
+
+
+def captures(shape: ModelShape, settings: Settings) -> bool:
+    """Whether CUDA graphs serve the average micro-batch, if there is room for them.
+
+    Streamed layers cannot be captured: what their slots hold differs from pass to pass.
+    """
+    if settings.device == "cpu" or not settings.fast or settings.offload == "layers":
+        return False
+    return settings.rows * settings.mean_length < busy_tokens(shape)
 
 
 def _fill(
@@ -122,8 +135,9 @@ def _fill(
         return choice
     if settings.offload == "layers" or settings.method == "none":
         return choice
-    if left > graph_memory(step):
-        left -= graph_memory(step)
+    graphs = graph_memory(path.shape, settings, step)
+    if left > graphs:
+        left -= graphs
     return replace(choice, dequantized=min(left, path.dequantized()))
 
 

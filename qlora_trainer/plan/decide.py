@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from qlora_trainer.plan import memory
-from qlora_trainer.plan.choose import Choice, budget, choose, graph_memory
+from qlora_trainer.plan.choose import Choice, budget, captures, choose, graph_memory
 from qlora_trainer.plan.hardware import Hardware
 from qlora_trainer.plan.settings import Settings
 from qlora_trainer.plan.shapes import ModelShape
@@ -55,7 +55,7 @@ def decide(shape: ModelShape, asked: Settings, hardware: Hardware) -> Decision:
 def _decide(shape: ModelShape, settings: Settings, hardware: Hardware) -> Decision:
     choice, room = choose(shape, settings, hardware), budget(hardware)
     phases = memory.phases(shape, settings, choice.policies, choice.state, choice.dequantized)
-    graphs = _graphs(settings, phases, room)
+    graphs = _graphs(shape, settings, phases, room)
     if graphs:
         phases = memory.captured(phases)
     micro = micro_batch_seconds(shape, settings, hardware, choice.policies, choice.dequantized, graphs)
@@ -64,9 +64,8 @@ def _decide(shape: ModelShape, settings: Settings, hardware: Hardware) -> Decisi
     return Decision(settings, choice, phases, graphs, seconds, room)
 
 
-def _graphs(settings: Settings, phases: tuple[memory.Phase, ...], room: int) -> bool:
-    """Streamed layers cannot be captured: what their slots hold differs from pass to pass."""
-    if settings.device == "cpu" or not settings.fast or settings.offload == "layers":
+def _graphs(shape: ModelShape, settings: Settings, phases: tuple[memory.Phase, ...], room: int) -> bool:
+    if not captures(shape, settings):
         return False
     step = next(phase for phase in phases if phase.name == "step")
-    return step.total + graph_memory(step) + memory.CAPTURED_WORKSPACE <= room
+    return step.total + graph_memory(shape, settings, step) + memory.CAPTURED_WORKSPACE <= room

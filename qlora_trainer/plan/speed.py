@@ -3,8 +3,9 @@
 FLOPs of a token, full length n: 4·N for the frozen linear layers (forward, and the gradient of the
 input; they have no weight gradient), 4·V·h for the head where there is a label, 3.5·A for causal
 attention with A = 2·n·q per layer, 6·P for the adapter; what is computed twice comes on top. Bytes:
-weights that are dequantized, weights as products read them (all that counts at a few hundred tokens), and
-activations between the products, which weigh the less the wider a model is.
+weights that are dequantized, weights as products read them (what counts at a few hundred tokens), the
+adapters with their gradients, and activations between the products, which weigh the less the wider a
+model is.
 """
 
 from __future__ import annotations
@@ -25,28 +26,35 @@ class Reach:
 
     products, attention: shares of the peak FLOP/s. dequantization, activations: shares of the memory's
     bandwidth; the second counts every tensor between two products as read and written once by each
-    operation that has to, so that separate operations show as a smaller share. host: seconds a layer
-    and micro-batch that the host needs to launch a forward and backward pass, which bounds short ones;
-    graphed: the same where CUDA graphs launch, and short kernels follow each other.
+    operation that has to, so that separate operations show as a smaller share. adapter: bytes that a
+    micro-batch moves for a parameter of the adapter. Seconds a layer and micro-batch: `starts`, lost while
+    its kernels, about 75, start and end; `host`, which the host needs to launch them without CUDA graphs
+    and which bounds a short micro-batch.
     """
 
     products: float
     attention: float
     dequantization: float
     activations: float
+    adapter: float
+    starts: float
     host: float
-    graphed: float
 
 
-# A large product alone reaches 0.78 of the peak. The shares of attention and activations are those that fit
-# the grid's cells best: 19 of the fast path, 7B to 70B, and 2 of the reference. `graphed`: the demo's 12 ms.
-FAST = Reach(0.78, 0.5, dequantization=0.75, activations=0.435, host=0.006, graphed=0.0004)
-REFERENCE = Reach(0.78, 0.5, dequantization=0.6, activations=0.12, host=0.010, graphed=0.010)
-CPU = Reach(1.0, 1.0, dequantization=1.0, activations=1.0, host=0.0, graphed=0.0)
-FP8 = 1.6  # times the speed of a product in bfloat16, its operands' way to e4m3 included (same machine)
+# A large product alone reaches 0.79 of the peak. The other shares, `adapter` and `starts` are those that fit
+# 50 cells best, 7B to 70B, 208 to 350,000 tokens a micro-batch; `host`: two cells without graphs.
+FAST = Reach(0.79, 0.53, dequantization=0.735, activations=0.46, adapter=74, starts=0.00027, host=0.005)
+REFERENCE = Reach(0.78, 0.5, dequantization=0.6, activations=0.12, adapter=0, starts=0.0, host=0.010)
+CPU = Reach(1.0, 1.0, dequantization=1.0, activations=1.0, adapter=0, starts=0.0, host=0.0)
+FP8 = 1.75  # times the speed of a product in bfloat16, its operands' way to e4m3 included (same machine)
 CPU_DEQUANTIZATION = 1.17  # an NF4 step beside one with dense weights
-# Rows are padded where graphs are to serve micro-batches, of fewer tokens than BUSY (model/fused/inputs.py).
-EVENED, BUSY = 1.08, 4096
+# Micro-batches that graphs serve are padded; they are those below `busy_tokens` (model/fused/inputs.py).
+EVENED, BUSY = 1.08, 9e11
+
+
+def busy_tokens(shape: ModelShape) -> int:
+    """Tokens of a micro-batch from which CUDA graphs are of no use."""
+    return int(BUSY / max(1, sum(x.numel for x in shape.linears) // shape.layers))
 
 
 def reach(settings: Settings) -> Reach:
@@ -127,7 +135,7 @@ def micro_batch_seconds(
         return None
     part = reach(settings)
     tokens = settings.rows * settings.mean_length
-    if graphs and settings.mean_length < settings.length and tokens < BUSY:
+    if graphs and settings.mean_length < settings.length and tokens < busy_tokens(shape):
         tokens = settings.rows * min(EVENED * settings.mean_length, settings.length)
     whole = _whole_layers(shape, settings, policies)
     passes = 2 + whole / len(policies)
@@ -144,6 +152,8 @@ def micro_batch_seconds(
     if hardware.bandwidth is not None:
         moved = tokens * activation_bytes(shape, settings, policies)
         seconds += moved / (hardware.bandwidth * part.activations)
+        seconds += part.adapter * adapter_parameters(shape, settings) / hardware.bandwidth
+    seconds += shape.layers * part.starts * passes / 2
     path = path_of(shape, settings)
     if is_quantized(settings) and not settings.fp8:
         if hardware.bandwidth is None:
@@ -160,7 +170,7 @@ def micro_batch_seconds(
         leaving and hardware.bus is not None
     ):  # beside a forward pass, and back beside a backward pass twice as long
         seconds = max(seconds / 3, leaving / hardware.bus) + max(2 * seconds / 3, leaving / hardware.bus)
-    return max(seconds, shape.layers * (part.graphed if graphs else part.host) * passes / 2)
+    return seconds if graphs else max(seconds, shape.layers * part.host * passes / 2)
 
 
 def optimizer_seconds(

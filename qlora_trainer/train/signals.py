@@ -111,6 +111,7 @@ class StopSignals:
         self._status = status
         self._phase = "starting"
         self._interruptible = True
+        self._depth = 0
         self._over = False
         self._signal: int | None = None
         self._previous: dict[int, Any] = {}
@@ -131,12 +132,14 @@ class StopSignals:
             PreemptedError: on entry to, or anywhere in, an interruptible phase.
         """
         outer = (self._phase, self._interruptible)
-        self._enter(name, interruptible)
+        self._depth += 1
         try:
+            self._enter(name, interruptible)
             yield
         finally:
+            self._depth -= 1
             self._phase, self._interruptible = outer
-        self._enter(*outer)
+        self._enter(outer[0] if self._depth else f"going on after {name}", outer[1])
 
     def _enter(self, name: str, interruptible: bool) -> None:
         self._phase, self._interruptible = name, interruptible

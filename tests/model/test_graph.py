@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from qlora_trainer.data.batch import IGNORE, Batch
 from qlora_trainer.model.fuse import GraphedMicroStep, fuse
 from qlora_trainer.model.fused.graph import Frequent, _Captured
-from qlora_trainer.model.fused.inputs import BUSY, Inputs, even, prepare
+from qlora_trainer.model.fused.inputs import Few, Inputs, busy_tokens, even, prepare
 from qlora_trainer.model.lora import LoraOptions, attach
 from tests import tiny
 from tests.batches import collate, documents
 
 LENGTHS = range(40, 513)
+BUSY = 4096
 
 
 def build() -> tuple[nn.Module, list[nn.Parameter]]:
@@ -88,22 +89,42 @@ def test_a_key_that_becomes_frequent_takes_the_place_of_a_rare_one() -> None:
 
 @pytest.mark.parametrize("longest", [512, 500, 300])
 def test_rows_of_many_lengths_have_few_widths(longest: int) -> None:
-    padded = {even(blank(1, -(-n // 8) * 8), longest).input_ids.shape[1] for n in LENGTHS if n <= longest - 7}
+    few = Few(longest, BUSY)
+    padded = {even(blank(1, -(-n // 8) * 8), few).input_ids.shape[1] for n in LENGTHS if n <= longest - 7}
     assert max(padded) <= longest
     assert len(padded) <= 16
-    extra = [even(blank(1, n), 512).input_ids.shape[1] / n - 1 for n in range(40, 513, 8)]
+    extra = [even(blank(1, n), Few(512, BUSY)).input_ids.shape[1] / n - 1 for n in range(40, 513, 8)]
     assert max(extra) < 0.25 and sum(extra) / len(extra) < 0.1
 
 
 def test_what_keeps_the_gpu_busy_is_not_padded() -> None:
-    busy, idle = blank(2, BUSY // 2 - 8), blank(2, BUSY // 2)
-    assert even(idle, 10**6) is idle
-    assert even(busy, 10**6).input_ids.shape[1] == BUSY // 2
+    idle, busy, few = blank(2, BUSY // 2 - 8), blank(2, BUSY // 2), Few(10**6, BUSY)
+    assert even(busy, few) is busy
+    assert even(idle, few).input_ids.shape[1] == BUSY // 2
+
+
+def test_the_wider_a_layer_the_fewer_tokens_keep_the_gpu_busy() -> None:
+    assert 4000 < busy_tokens(218_103_808) < 4200  # a layer of Llama-3-8B
+    forward, _ = fuse(build()[0])
+    assert forward.busy == busy_tokens(3 * 64 * 128 + 2 * 64 * 64 + 2 * 64 * 32) > 10**7
+
+
+def test_what_keeps_the_gpu_busy_is_not_captured(captures: Counter) -> None:
+    model, parameters = build()
+    forward, _ = fuse(model)
+    step = GraphedMicroStep(forward, parameters, longest=128)
+    step._pool = object()  # type: ignore[assignment]
+    forward.busy = 2 * 128
+    long, short = (collate([[d] for d in documents(pair)]) for pair in ([128, 120], [60, 50]))
+    for _ in range(3):
+        step(long)
+        step(short)
+    assert [key[0][1] for key in captures.elements()] == [(2, 64)]
 
 
 def test_padding_is_none_of_a_documents() -> None:
     batch = collate([[d] for d in documents([70, 50])])
-    wide = even(batch, 512)
+    wide = even(batch, Few(512, BUSY))
     assert wide.input_ids.shape == (2, 80)
     assert wide.n_tokens == batch.n_tokens and wide.n_supervised == batch.n_supervised
     assert (wide.labels[:, 70:] == IGNORE).all() and (wide.document_ids[:, 70:] == -1).all()
@@ -114,7 +135,7 @@ def test_supervised_positions_are_few_of_small_micro_batches() -> None:
     counts = set()
     for n in range(20, 500, 7):
         batch = collate([[documents([500])[0]]], supervised_from=n)
-        counts.add(prepare(batch, torch.device("cpu"), longest=512).targets.numel())
+        counts.add(prepare(batch, torch.device("cpu"), few=Few(512, BUSY)).targets.numel())
     assert counts == {128, 256, 384, 512}
 
 
@@ -134,6 +155,29 @@ def test_steps_of_many_lengths_are_the_plain_ones(captures: Counter) -> None:
         for a, b in zip(found, expected, strict=True):
             assert (a - b).norm() <= 1e-5 * b.norm() + 1e-7
     assert 4 <= sum(captures.values()) <= 6
+
+
+def leaves(loss: Tensor) -> set[object]:
+    """Autograd's nodes that would accumulate a gradient."""
+    found, seen, left = set(), set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node)
+        left += [following for following, _ in node.next_functions]
+    return found
+
+
+def test_passes_share_no_leaf() -> None:
+    """A captured pass waits for the stream of its leaves: an earlier loss that lives on must not own one."""
+    forward, _ = fuse(build()[0])
+    batch = collate([[d] for d in documents([40, 30])])
+    first, second = forward(batch), forward(batch)
+    assert leaves(first) and leaves(second)
+    assert not leaves(first) & leaves(second)
 
 
 def backward(loss: Tensor) -> Tensor:

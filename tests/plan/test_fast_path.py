@@ -98,7 +98,7 @@ def test_fp8_is_planned_with_its_copies_and_without_what_it_does_not_need() -> N
     assert step.parts["e4m3 copies"] == base.e4m3_copies and step.parts["dequantized weights"] == 0
     found, plain = plan("H100", FP8), plan("H100")
     assert found.dequantized == 0 < plain.dequantized
-    assert found.tokens_per_second > 1.3 * plain.tokens_per_second
+    assert found.tokens_per_second > 1.25 * plain.tokens_per_second
     assert plan("24GiB", FP8).phases[0].parts["e4m3 copies"] == 0  # made once everything is loaded
 
 

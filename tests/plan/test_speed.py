@@ -23,7 +23,7 @@ LLAMA2_13B = LLAMA2_7B | {
 LLAMA3_70B = LLAMA3_8B | {
     "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
 }  # fmt: skip
-REFERENCE = ("model.kernels", "reference")
+REFERENCE, DROPOUT = ("model.kernels", "reference"), ("lora.lora_dropout", 0.1)
 
 
 def plan(shape: dict[str, object], r: int, rows: int, length: int, policy: str, *keys: tuple) -> RunPlan:
@@ -41,6 +41,13 @@ def plan(shape: dict[str, object], r: int, rows: int, length: int, policy: str, 
         ((LLAMA3_8B, 16, 4, 2048, "offload"), 14_460),
         ((LLAMA3_8B, 8, 1, 8192, "none"), 15_102),
         ((LLAMA2_7B, 64, 16, 512, "none"), 20_194),
+        ((LLAMA2_7B, 64, 16, 208, "none"), 19_604),
+        ((LLAMA2_7B, 64, 4, 208, "none"), 14_731),
+        ((LLAMA2_7B, 64, 1, 208, "none"), 8_500),
+        ((LLAMA2_7B, 64, 1, 208, "none", DROPOUT), 8_327),
+        ((LLAMA2_7B, 16, 1, 208, "none"), 10_172),
+        ((LLAMA3_8B, 16, 2, 512, "none"), 17_268),
+        ((LLAMA3_8B, 16, 1, 2048, "none"), 17_230),
         ((LLAMA2_7B, 8, 1, 8192, "offload"), 12_921),
         ((LLAMA2_13B, 16, 4, 2048, "mlp"), 8_770),
         ((LLAMA3_70B, 16, 4, 2048, "full"), 1_674),
@@ -71,9 +78,18 @@ def test_a_few_tokens_wait_for_the_weights() -> None:
     assert seconds[2048] > 4 * seconds[64]
 
 
+def test_what_keeps_the_gpu_busy_runs_without_graphs() -> None:
+    """4096 tokens of 7B: graphs, and the memory that they hold on to, would gain nothing."""
+    captured = {rows: plan(LLAMA2_7B, 16, rows, 512, "none").graphs for rows in (1, 4, 8, 16)}
+    assert captured == {1: True, 4: True, 8: True, 16: False}
+    shape = from_config(LLAMA2_7B)
+    assert speed.busy_tokens(shape) == inputs.busy_tokens(202_375_168)
+
+
 def test_rows_are_padded_as_much_as_planned_where_graphs_are_to_serve_them() -> None:
     assert inputs.BUSY == speed.BUSY
+    few = inputs.Few(4096, 4096)
     widths = [
-        inputs.even(Batch(*[torch.zeros((1, n))] * 5, ()), 4096).input_ids.shape[1] for n in range(64, 513, 8)
+        inputs.even(Batch(*[torch.zeros((1, n))] * 5, ()), few).input_ids.shape[1] for n in range(64, 513, 8)
     ]
     assert sum(widths) / sum(range(64, 513, 8)) == pytest.approx(speed.EVENED, abs=0.02)

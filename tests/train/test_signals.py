@@ -98,6 +98,22 @@ def test_training_is_asked_and_not_interrupted(start: Start, number: int) -> Non
     assert status["signal"] == signal.Signals(number).name
 
 
+def test_what_was_going_on_is_named_after_the_last_phase(start: Start) -> None:
+    """A signal that arrives while the last checkpoint is saved is heeded once that is done."""
+    child = start(
+        """
+        with stop.phase("training"):
+            with stop.phase("saving"): ready(); wait(stop.requested)
+            print(stop._phase, flush=True)
+        """
+    )
+    assert child.line() == "ready\n"
+    child.send(signal.SIGTERM)
+    code, output = child.end()
+    assert code == 75 and output.startswith("training\n")
+    assert "stopped on SIGTERM while going on after training: run the same command" in output
+
+
 def test_loading_is_left_at_once(start: Start) -> None:
     child = start('with stop.phase("loading", interruptible=True): ready(); wait()')
     assert child.line() == "ready\n"

@@ -16,7 +16,7 @@ from qlora_trainer.data.batch import Batch
 from qlora_trainer.kernels.attention import Layout
 
 from .head import FusedHead, ModuleHead
-from .inputs import Inputs, prepare
+from .inputs import Few, Inputs, busy_tokens, prepare
 from .keep import HostStore
 from .layer import Call, FusedLayer
 from .projection import Workspace
@@ -70,7 +70,8 @@ def causal_mask(length: int, dtype: torch.dtype, device: torch.device) -> Tensor
 class FusedForward:
     """Callable `batch -> loss sum`; see `prepare` and `run` for what a captured graph needs apart.
 
-    embed: int64 ids -> embeddings. `capturable`: whether `run` may be recorded as a CUDA graph.
+    embed: int64 ids -> embeddings. `capturable`: whether `run` may be recorded as a CUDA graph; `busy`:
+    tokens of a micro-batch from which that gains nothing.
     """
 
     def __init__(
@@ -89,6 +90,8 @@ class FusedForward:
         members = [member for parts in fused for group in parts.projections for member in group.members]
         self._dropouts = [member.dropout for member in members if member.dropout is not None]
         self.capturable = not rotary.asks_the_host
+        widest = max((sum(g.n * g.k for g in parts.projections) for parts in fused), default=0)
+        self.busy = busy_tokens(widest)
         self.embeddings_on_host, self.layers, self.head, self.host = (
             embeddings_on_host,
             list(layers),
@@ -96,14 +99,14 @@ class FusedForward:
             host,
         )
 
-    def prepare(self, batch: Batch, longest: int | None = None) -> Inputs:
+    def prepare(self, batch: Batch, few: Few | None = None) -> Inputs:
         """The batch on the device; give it while it is still on the host.
 
-        LoRA dropout is on where PEFT's modules would have it on: in training mode. `longest` as in
+        LoRA dropout is on where PEFT's modules would have it on: in training mode. `few` as in
         `inputs.prepare`.
         """
         dropout = any(module.training for module in self._dropouts)
-        return prepare(batch, self.device, self.embeddings_on_host, dropout, longest)
+        return prepare(batch, self.device, self.embeddings_on_host, dropout, few)
 
     def __call__(self, batch: Batch) -> Tensor:
         return self.run(self.prepare(batch))
@@ -120,6 +123,7 @@ class FusedForward:
             inputs.position_ids,
             inputs.document_ids,
             inputs.seed,
+            torch.empty(0, device=self.device, requires_grad=True),
         )
         x: Tensor = (self.embed(inputs.input_ids) if inputs.hidden is None else inputs.hidden).flatten(0, 1)
         delta: Tensor | None = None

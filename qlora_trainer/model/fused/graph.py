@@ -4,6 +4,7 @@ At a few thousand tokens a step the host cannot launch as fast as the GPU comput
 micro-batch of a shape runs as usual, for real; the second is captured, and every further one
 replays. Shapes repeat because `inputs.py` rounds them up; where they are too many all the same, the
 frequent ones are captured and the rest runs as usual: a graph takes longer to capture than to launch.
+What keeps the GPU busy by its size runs as usual, too: a graph would only hold on to its memory.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from qlora_trainer.data.batch import Batch
 
 from .decoder import FusedForward
-from .inputs import Inputs
+from .inputs import Few, Inputs
 
 T = TypeVar("T")
 
@@ -69,7 +70,7 @@ class GraphedMicroStep:
     Args:
         forward: the fused forward. Its adapters must have `main_grad`: a graph writes to fixed memory.
         parameters: the trainable parameters.
-        longest: tokens of the run's widest row; None: shapes are left as they come (`inputs.even`).
+        longest: tokens of the run's widest row; None: shapes are left as they come (`inputs.Few`).
         max_graphs: captured shapes kept.
 
     Attributes:
@@ -85,7 +86,8 @@ class GraphedMicroStep:
     ) -> None:
         missing = sum(getattr(p, "main_grad", None) is None for p in parameters)
         assert not missing, f"{missing} parameters have no main_grad: make the optimizer first"
-        self.forward, self.longest = forward, longest
+        self.forward = forward
+        self._few = None if longest is None else Few(longest, forward.busy)
         self.scale = torch.ones((), device=forward.device)
         self._graphs = Frequent[_Captured](max_graphs)
         capturable = forward.device.type == "cuda" and forward.capturable
@@ -98,9 +100,9 @@ class GraphedMicroStep:
 
     def __call__(self, batch: Batch) -> Tensor:
         """Loss sum of `batch` (on the host, best), float32 scalar; gradients are added to `main_grad`."""
-        if self._pool is None:
+        if self._pool is None or batch.input_ids.numel() >= self.forward.busy:
             return self._step(self.forward.prepare(batch))
-        inputs = self.forward.prepare(batch, self.longest)
+        inputs = self.forward.prepare(batch, self._few)
         captured = self._graphs.visit(inputs.key)
         if captured is None:
             if not self._graphs.makes_room(inputs.key):

@@ -2,8 +2,8 @@
 
 Everything that depends on values (how many labels, where documents end) is settled on the host, so
 that the pass itself never waits for the device and its shapes repeat: the number of supervised
-positions and of documents is rounded up. Where graphs are to be captured small micro-batches are
-rounded up further, rows included: rows of 50 to 512 tokens then have 14 widths and not 58.
+positions and of documents is rounded up. Micro-batches for which graphs are to be captured are rounded
+up further, rows included: rows of 50 to 512 tokens then have 14 widths and not 58.
 """
 
 from __future__ import annotations
@@ -20,9 +20,22 @@ from qlora_trainer.kernels.attention import Layout
 
 from .head import Supervised
 
-# Tokens of a micro-batch from which the GPU computes for longer than the host launches: graphs gain
-# nothing there, and padding costs what it weighs.
-BUSY = 4096
+# Tokens times the weights of a layer from which the GPU computes for longer than the host launches: 4 FLOPs
+# each at 700 TFLOP/s take the 5 ms that a layer's 75 launches do (one H100). 4127 tokens of an 8B model.
+BUSY = 9e11
+
+
+def busy_tokens(layer_weights: int) -> int:
+    """Tokens of a micro-batch from which graphs gain nothing, and padding costs what it weighs."""
+    return int(BUSY / max(1, layer_weights))
+
+
+@dataclass(frozen=True)
+class Few:
+    """Few shapes: micro-batches of fewer than `busy` tokens are rounded up, rows to `longest` at most."""
+
+    longest: int
+    busy: int
 
 
 @dataclass(frozen=True)
@@ -69,12 +82,12 @@ def _round_up(n: int, step: int) -> int:
     return max(step, -(-n // step) * step)
 
 
-def even(batch: Batch, longest: int) -> Batch:
-    """Rows padded to one of four widths between powers of two, by 8% on average; at most to `longest`."""
+def even(batch: Batch, few: Few) -> Batch:
+    """Rows padded to one of four widths between powers of two, by 8% on average."""
     rows, width = batch.input_ids.shape
     step = max(8, 1 << max(0, (width - 1).bit_length() - 3))
-    missing = min(longest, _round_up(width, step)) - width
-    if rows * width >= BUSY or missing <= 0:
+    missing = min(few.longest, _round_up(width, step)) - width
+    if rows * width >= few.busy or missing <= 0:
         return batch
     padding = {"input_ids": 0, "labels": IGNORE, "loss_weights": 0, "position_ids": 0, "document_ids": -1}
     wider: dict[str, Any] = {
@@ -83,7 +96,7 @@ def even(batch: Batch, longest: int) -> Batch:
     return replace(batch, **wider)
 
 
-def supervised_positions(batch: Batch, few: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def supervised_positions(batch: Batch, few: Few | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """(rows, targets, weights): position t predicts the label at t + 1; S rounded up with weight 0.
 
     few: of a small micro-batch, to a quarter of its tokens.
@@ -92,7 +105,7 @@ def supervised_positions(batch: Batch, few: bool = False) -> tuple[Tensor, Tenso
     row, column = (labels != IGNORE).nonzero(as_tuple=True)
     n = row.numel()
     step = 256 if n > 256 else 64
-    if few and batch.labels.numel() < BUSY:
+    if few is not None and batch.labels.numel() < few.busy:
         step = _round_up(batch.labels.numel() // 4, 64)
     padded = _round_up(n, step)
     rows = torch.zeros(padded, dtype=torch.int64)
@@ -122,18 +135,18 @@ def prepare(
     device: torch.device,
     embeddings: Tensor | None = None,
     dropout: bool = False,
-    longest: int | None = None,
+    few: Few | None = None,
 ) -> Inputs:
     """Inputs of `batch`, which should still be on the host: from a GPU it has to be fetched first.
 
     embeddings: [V, h] on the host, if the table does not live on `device`.
     dropout: draw a seed, from torch's generator on the CPU: who restores that repeats the masks.
-    longest: tokens of the run's widest row, to round shapes up so that few graphs serve them all.
+    few: round shapes up so that few graphs serve them all.
     """
     batch = batch.to("cpu", non_blocking=False) if batch.input_ids.device.type != "cpu" else batch
-    if longest is not None:
-        batch = even(batch, longest)
-    rows, targets, weights = supervised_positions(batch, few=longest is not None)
+    if few is not None:
+        batch = even(batch, few)
+    rows, targets, weights = supervised_positions(batch, few)
     found: dict[str, Tensor | None] = {
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,

@@ -31,6 +31,9 @@ class Call:
     rotary: layer type -> (cos, sin), float32 [M, half]. training: a backward pass will follow.
     position_ids [B, T] and document_ids (int32 [B, T], if packed): what unfused layers read instead.
     seed: int64 [], what LoRA dropout's masks are made from; None where nothing is dropped.
+    anchor: an empty leaf that stands for adapters whose gradient goes to `main_grad` and is no business of
+    autograd's. Of this pass alone: autograd waits for the stream on which a leaf was first used, and a pass
+    that is captured must not wait for one that was not.
     """
 
     layout: Layout
@@ -38,7 +41,8 @@ class Call:
     training: bool
     position_ids: Tensor
     document_ids: Tensor | None
-    seed: Tensor | None = None
+    seed: Tensor | None
+    anchor: Tensor
 
 
 class FusedLayer:
@@ -55,13 +59,11 @@ class FusedLayer:
     ) -> None:
         self.index, self.parts, self.operations = index, parts, operations
         self.policy, self.host, self.mlp_rows = policy, host, mlp_rows
-        # adapters whose gradient goes to `main_grad` are no business of autograd's: this stands for them
-        self._anchor = torch.empty(0, device=parts.input_norm.weight.device, requires_grad=True)
 
     def __call__(self, x: Tensor, delta: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
         """(x, delta), each [M, h] -> (x2, delta2)."""
         ours = [p for p in self.parts.parameters if getattr(p, "main_grad", None) is None]
-        return _LayerFunction.apply(x, delta, self, call, self._anchor, *ours)
+        return _LayerFunction.apply(x, delta, self, call, call.anchor, *ours)
 
     # -- forward ---------------------------------------------------------------------------------
 
