@@ -60,7 +60,8 @@ def test_llama7b_alpaca_has_the_papers_settings(tmp_path: Path, monkeypatch: pyt
         )
         assert (train.learning_rate, train.lr_scheduler_type, train.max_grad_norm) == (2e-4, "constant", 0.3)
         assert (train.warmup_ratio, train.group_by_length) == (0.03, True)
-        assert train.per_device_train_batch_size * train.gradient_accumulation_steps == 16
+        # rows of a step, of which the plan says how many run at once
+        assert (train.per_device_train_batch_size, train.gradient_accumulation_steps) == ("auto", 16)
         assert config.optim.name == "paged_adamw_32bit" and config.optim.adam_beta2 == 0.999
 
 
