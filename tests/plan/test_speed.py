@@ -78,6 +78,15 @@ def test_a_few_tokens_wait_for_the_weights() -> None:
     assert seconds[2048] > 4 * seconds[64]
 
 
+def test_a_tiny_models_kernels_take_their_time() -> None:
+    """The demo's 30 layers took 12 ms a micro-batch where its arithmetic takes one."""
+    smollm2 = LLAMA3_8B | {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "vocab_size": 49152,
+    }  # fmt: skip
+    assert plan(smollm2, 16, 4, 82, "none").seconds_per_step == pytest.approx(0.012, rel=0.1)
+
+
 def test_what_keeps_the_gpu_busy_runs_without_graphs() -> None:
     """4096 tokens of 7B: graphs, and the memory that they hold on to, would gain nothing."""
     captured = {rows: plan(LLAMA2_7B, 16, rows, 512, "none").graphs for rows in (1, 4, 8, 16)}
