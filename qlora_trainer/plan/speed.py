@@ -137,7 +137,7 @@ def micro_batch_seconds(
         return None
     part = reach(settings)
     tokens = settings.rows * settings.mean_length
-    if graphs and settings.mean_length < settings.length and tokens < busy_tokens(shape):
+    if graphs and settings.mean_length < settings.length:
         tokens = settings.rows * min(EVENED * settings.mean_length, settings.length)
     whole = _whole_layers(shape, settings, policies)
     passes = 2 + whole / len(policies)
