@@ -165,11 +165,15 @@ def suggestion(key: str) -> str:
         return f"did you mean {' or '.join(_BY_LEAF[leaf])}?"
     if near := get_close_matches(key, _TYPES, n=1, cutoff=0.8):
         return f"did you mean {near[0]}?"
-    if near := get_close_matches(leaf, [*_BY_LEAF, *ALIASES], n=1, cutoff=0.6):
-        return f"did you mean {' or '.join(_BY_LEAF.get(near[0]) or [ALIASES[near[0]]])}?"
     section = key.partition(".")[0]
-    if section in SECTIONS:
-        return f"{section} has {', '.join(k.rpartition('.')[2] for k in KEYS if k.startswith(section + '.'))}"
+    here = [k.partition(".")[2] for k in KEYS if k.startswith(section + ".")]
+    if near := get_close_matches(leaf, here, n=1, cutoff=0.6):
+        return f"did you mean {section}.{near[0]}?"
+    elsewhere = 0.75 if here else 0.6  # who names a section rarely means a key of another
+    if near := get_close_matches(leaf, [*_BY_LEAF, *ALIASES], n=1, cutoff=elsewhere):
+        return f"did you mean {ALIASES.get(near[0]) or ' or '.join(_BY_LEAF[near[0]])}?"
+    if here:
+        return f"{section} has {', '.join(here)}"
     return f"the sections are {', '.join(sorted(SECTIONS))}"
 
 

@@ -42,6 +42,8 @@ COMMANDS = [
 
 NAMES = [
     case(f"{READY} train.max_step=3", 2, "train.max_step:", "did you mean train.max_steps?"),
+    case(f"{READY} evaluate.generate=true", 2, "evaluate.generate:", "evaluate has enabled, eval_steps"),
+    case(f"{READY} train.batchsize=3", 2, "train.batchsize:", "did you mean train.per_device_train_batch"),
     case(f"{READY} +optim.lrr=1", 2, "optim.lrr", "did you mean train.learning_rate?"),
     case(f"{READY} ++lora.rr=1", 2, "lora.rr", "did you mean lora.r?"),
     case(f"{READY} lora/r=1", 2, "lora/r", "did you mean lora.r?"),
