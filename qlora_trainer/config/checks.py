@@ -247,6 +247,7 @@ def _float16(config: RunConfig) -> Iterator[str]:
 
 
 def _packages(config: RunConfig, command: str) -> Iterator[str]:
+    loads = command not in ("plan", "inspect")  # a plan needs a model's shape, tokens a tokenizer
     wanted = {
         "wandb": (
             "track.report_to",
@@ -255,12 +256,12 @@ def _packages(config: RunConfig, command: str) -> Iterator[str]:
         ),
         "flash_attn": (
             "model.attn_implementation",
-            config.model.attn_implementation == "flash_attention_2",
+            loads and config.model.attn_implementation == "flash_attention_2",
             "pip install flash-attn, or use sdpa, which has the same kernel",
         ),
         "gptqmodel": (
             "quantization.method",
-            config.quantization.method in ("gptq", "awq"),
+            loads and config.quantization.method in ("gptq", "awq"),
             "pip install 'qlora_trainer[quantize]'",
         ),
         "lm_eval": (

@@ -51,7 +51,7 @@ CPU = Reach(1.0, 1.0, 1.0, 1.0, adapter=0, starts=0.0, graphed=0.0, host=0.0)
 FP8 = 1.75  # times the speed of a product in bfloat16, its operands' way to e4m3 included (same machine)
 CPU_DEQUANTIZATION = 1.17  # an NF4 step beside one with dense weights
 # Micro-batches that graphs serve are padded; they are those below `busy_tokens` (model/fused/inputs.py).
-EVENED, BUSY = 1.08, 9e11
+PADDED, BUSY = 1.08, 9e11
 
 
 def busy_tokens(shape: ModelShape) -> int:
@@ -138,7 +138,7 @@ def micro_batch_seconds(
     part = reach(settings)
     tokens = settings.rows * settings.mean_length
     if graphs and settings.mean_length < settings.length:
-        tokens = settings.rows * min(EVENED * settings.mean_length, settings.length)
+        tokens = settings.rows * min(PADDED * settings.mean_length, settings.length)
     whole = _whole_layers(shape, settings, policies)
     passes = 2 + whole / len(policies)
     attention = _attention(shape, settings) * (3.5 * shape.layers + whole)

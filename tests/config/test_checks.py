@@ -84,6 +84,7 @@ def test_a_package_that_is_not_installed_is_named_with_its_remedy(
     command = "evaluate" if key.startswith("evaluate.") else "train"
     (line,) = checks.values(configured(**change), command)
     assert line.startswith(f"{key}: needs the package ") and "pip install" in line
+    assert all(checks.values(configured(**change), command) == [] for command in ("plan", "inspect"))
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "pissa_niter_4", "olora"])

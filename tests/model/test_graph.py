@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qlora_trainer.data.batch import IGNORE, Batch
 from qlora_trainer.model.fuse import GraphedMicroStep, fuse
 from qlora_trainer.model.fused.graph import Frequent, _Captured
-from qlora_trainer.model.fused.inputs import Few, Inputs, busy_tokens, even, prepare
+from qlora_trainer.model.fused.inputs import Buckets, Inputs, busy_tokens, pad_to_bucket, prepare
 from qlora_trainer.model.lora import LoraOptions, attach
 from tests import tiny
 from tests.batches import collate, documents
@@ -89,18 +89,24 @@ def test_a_key_that_becomes_frequent_takes_the_place_of_a_rare_one() -> None:
 
 @pytest.mark.parametrize("longest", [512, 500, 300])
 def test_rows_of_many_lengths_have_few_widths(longest: int) -> None:
-    few = Few(longest, BUSY)
-    padded = {even(blank(1, -(-n // 8) * 8), few).input_ids.shape[1] for n in LENGTHS if n <= longest - 7}
+    buckets = Buckets(longest, BUSY)
+    padded = {
+        pad_to_bucket(blank(1, -(-n // 8) * 8), buckets).input_ids.shape[1]
+        for n in LENGTHS
+        if n <= longest - 7
+    }
     assert max(padded) <= longest
     assert len(padded) <= 16
-    extra = [even(blank(1, n), Few(512, BUSY)).input_ids.shape[1] / n - 1 for n in range(40, 513, 8)]
+    extra = [
+        pad_to_bucket(blank(1, n), Buckets(512, BUSY)).input_ids.shape[1] / n - 1 for n in range(40, 513, 8)
+    ]
     assert max(extra) < 0.25 and sum(extra) / len(extra) < 0.1
 
 
 def test_what_keeps_the_gpu_busy_is_not_padded() -> None:
-    idle, busy, few = blank(2, BUSY // 2 - 8), blank(2, BUSY // 2), Few(10**6, BUSY)
-    assert even(busy, few) is busy
-    assert even(idle, few).input_ids.shape[1] == BUSY // 2
+    idle, busy, buckets = blank(2, BUSY // 2 - 8), blank(2, BUSY // 2), Buckets(10**6, BUSY)
+    assert pad_to_bucket(busy, buckets) is busy
+    assert pad_to_bucket(idle, buckets).input_ids.shape[1] == BUSY // 2
 
 
 def test_the_wider_a_layer_the_fewer_tokens_keep_the_gpu_busy() -> None:
@@ -124,7 +130,7 @@ def test_what_keeps_the_gpu_busy_is_not_captured(captures: Counter) -> None:
 
 def test_padding_is_none_of_a_documents() -> None:
     batch = collate([[d] for d in documents([70, 50])])
-    wide = even(batch, Few(512, BUSY))
+    wide = pad_to_bucket(batch, Buckets(512, BUSY))
     assert wide.input_ids.shape == (2, 80)
     assert wide.n_tokens == batch.n_tokens and wide.n_supervised == batch.n_supervised
     assert (wide.labels[:, 70:] == IGNORE).all() and (wide.document_ids[:, 70:] == -1).all()
@@ -135,7 +141,7 @@ def test_supervised_positions_are_few_of_small_micro_batches() -> None:
     counts = set()
     for n in range(20, 500, 7):
         batch = collate([[documents([500])[0]]], supervised_from=n)
-        counts.add(prepare(batch, torch.device("cpu"), few=Few(512, BUSY)).targets.numel())
+        counts.add(prepare(batch, torch.device("cpu"), buckets=Buckets(512, BUSY)).targets.numel())
     assert counts == {128, 256, 384, 512}
 
 

@@ -16,7 +16,7 @@ from qlora_trainer.data.batch import Batch
 from qlora_trainer.kernels.attention import Layout
 
 from .head import FusedHead, ModuleHead
-from .inputs import Few, Inputs, busy_tokens, prepare
+from .inputs import Buckets, Inputs, busy_tokens, prepare
 from .keep import HostStore
 from .layer import Call, FusedLayer
 from .projection import Workspace
@@ -99,14 +99,14 @@ class FusedForward:
             host,
         )
 
-    def prepare(self, batch: Batch, few: Few | None = None) -> Inputs:
+    def prepare(self, batch: Batch, buckets: Buckets | None = None) -> Inputs:
         """The batch on the device; give it while it is still on the host.
 
-        LoRA dropout is on where PEFT's modules would have it on: in training mode. `few` as in
+        LoRA dropout is on where PEFT's modules would have it on: in training mode. `buckets` as in
         `inputs.prepare`.
         """
         dropout = any(module.training for module in self._dropouts)
-        return prepare(batch, self.device, self.embeddings_on_host, dropout, few)
+        return prepare(batch, self.device, self.embeddings_on_host, dropout, buckets)
 
     def __call__(self, batch: Batch) -> Tensor:
         return self.run(self.prepare(batch))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qlora_trainer.data.batch import Batch
 
 from .decoder import FusedForward
-from .inputs import Few, Inputs
+from .inputs import Buckets, Inputs
 
 T = TypeVar("T")
 
@@ -70,7 +70,7 @@ class GraphedMicroStep:
     Args:
         forward: the fused forward. Its adapters must have `main_grad`: a graph writes to fixed memory.
         parameters: the trainable parameters.
-        longest: tokens of the run's widest row; None: shapes are left as they come (`inputs.Few`).
+        longest: tokens of the run's widest row; None: shapes are left as they come (`inputs.Buckets`).
         max_graphs: captured shapes kept.
 
     Attributes:
@@ -87,7 +87,7 @@ class GraphedMicroStep:
         missing = sum(getattr(p, "main_grad", None) is None for p in parameters)
         assert not missing, f"{missing} parameters have no main_grad: make the optimizer first"
         self.forward = forward
-        self._few = None if longest is None else Few(longest, forward.busy)
+        self._buckets = None if longest is None else Buckets(longest, forward.busy)
         self.scale = torch.ones((), device=forward.device)
         self._graphs = Frequent[_Captured](max_graphs)
         capturable = forward.device.type == "cuda" and forward.capturable
@@ -102,7 +102,7 @@ class GraphedMicroStep:
         """Loss sum of `batch` (on the host, best), float32 scalar; gradients are added to `main_grad`."""
         if self._pool is None or batch.input_ids.numel() >= self.forward.busy:
             return self._step(self.forward.prepare(batch))
-        inputs = self.forward.prepare(batch, self._few)
+        inputs = self.forward.prepare(batch, self._buckets)
         captured = self._graphs.visit(inputs.key)
         if captured is None:
             if not self._graphs.makes_room(inputs.key):

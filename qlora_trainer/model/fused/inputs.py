@@ -31,8 +31,8 @@ def busy_tokens(layer_weights: int) -> int:
 
 
 @dataclass(frozen=True)
-class Few:
-    """Few shapes: micro-batches of fewer than `busy` tokens are rounded up, rows to `longest` at most."""
+class Buckets:
+    """Shapes that few graphs serve: of fewer than `busy` tokens, rounded up, rows to `longest` at most."""
 
     longest: int
     busy: int
@@ -82,12 +82,12 @@ def _round_up(n: int, step: int) -> int:
     return max(step, -(-n // step) * step)
 
 
-def even(batch: Batch, few: Few) -> Batch:
+def pad_to_bucket(batch: Batch, buckets: Buckets) -> Batch:
     """Rows padded to one of four widths between powers of two, by 8% on average."""
     rows, width = batch.input_ids.shape
     step = max(8, 1 << max(0, (width - 1).bit_length() - 3))
-    missing = min(few.longest, _round_up(width, step)) - width
-    if rows * width >= few.busy or missing <= 0:
+    missing = min(buckets.longest, _round_up(width, step)) - width
+    if rows * width >= buckets.busy or missing <= 0:
         return batch
     padding = {"input_ids": 0, "labels": IGNORE, "loss_weights": 0, "position_ids": 0, "document_ids": -1}
     wider: dict[str, Any] = {
@@ -96,16 +96,16 @@ def even(batch: Batch, few: Few) -> Batch:
     return replace(batch, **wider)
 
 
-def supervised_positions(batch: Batch, few: Few | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def supervised_positions(batch: Batch, buckets: Buckets | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """(rows, targets, weights): position t predicts the label at t + 1; S rounded up with weight 0.
 
-    few: of a small micro-batch, to a quarter of its tokens.
+    buckets: of a small micro-batch, to a quarter of its tokens.
     """
     labels, weights = batch.labels[:, 1:], batch.loss_weights[:, 1:]
     row, column = (labels != IGNORE).nonzero(as_tuple=True)
     n = row.numel()
     step = 256 if n > 256 else 64
-    if few is not None and batch.labels.numel() < few.busy:
+    if buckets is not None and batch.labels.numel() < buckets.busy:
         step = _round_up(batch.labels.numel() // 4, 64)
     padded = _round_up(n, step)
     rows = torch.zeros(padded, dtype=torch.int64)
@@ -135,18 +135,18 @@ def prepare(
     device: torch.device,
     embeddings: Tensor | None = None,
     dropout: bool = False,
-    few: Few | None = None,
+    buckets: Buckets | None = None,
 ) -> Inputs:
     """Inputs of `batch`, which should still be on the host: from a GPU it has to be fetched first.
 
     embeddings: [V, h] on the host, if the table does not live on `device`.
     dropout: draw a seed, from torch's generator on the CPU: who restores that repeats the masks.
-    few: round shapes up so that few graphs serve them all.
+    buckets: round shapes up so that few graphs serve them all.
     """
     batch = batch.to("cpu", non_blocking=False) if batch.input_ids.device.type != "cpu" else batch
-    if few is not None:
-        batch = even(batch, few)
-    rows, targets, weights = supervised_positions(batch, few)
+    if buckets is not None:
+        batch = pad_to_bucket(batch, buckets)
+    rows, targets, weights = supervised_positions(batch, buckets)
     found: dict[str, Tensor | None] = {
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
