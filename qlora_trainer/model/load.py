@@ -16,6 +16,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -198,6 +199,7 @@ def _settled(model: PreTrainedModel, options: BaseOptions, device: torch.device)
     """The model as training, and every comparison with it, needs it."""
     model.config.use_cache = False  # a key-value cache is of no use in training; generation sets its own
     model.requires_grad_(False)
+    keep_unpacked(model)
     for name, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
             if device.type == "cpu" and module.in_features % BLOCKSIZE:
@@ -207,11 +209,21 @@ def _settled(model: PreTrainedModel, options: BaseOptions, device: torch.device)
                     f"whose width is no multiple of {BLOCKSIZE}, such as {name} ({module.in_features}): "
                     "use a GPU, or quantization.method=int8 or none"
                 )
-            # On CPUs with AVX512-BF16 the first evaluation would repack the weight in place and round its
-            # constants to bfloat16: what is evaluated, and trained from then on, would be another base.
-            module.support_avx512bf16_for_cpu = False
             module.compute_dtype = options.compute_dtype  # a stored 4-bit checkpoint brings its own
     return model
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """Lets the 4-bit layers in `model` multiply in evaluation with what they multiply with in training.
+
+    On a CPU with AVX512-BF16 bitsandbytes would, at the first evaluation, repack each weight in place and
+    round its constants to bfloat16, whatever the compute dtype: from then on it is another base (logits off
+    by 0.3). Every loader of 4-bit layers calls this; so must anyone who wants the trained model's numbers.
+    Source: `Linear4bit.forward` of bitsandbytes 0.50.
+    """
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _quantization_config(

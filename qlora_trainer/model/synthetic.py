@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.model.load import keep_unpacked
 
 BLOCK, NESTED_BLOCK = 64, 256  # elements a scale, scales a second-level scale: bitsandbytes' defaults
 SPREAD = 0.2  # of the scales around their mean
@@ -117,7 +118,7 @@ def _linear(
         bnb_quantized=True,
     )
     layer.quant_state = layer.weight.quant_state
-    layer.support_avx512bf16_for_cpu = False  # as load_base: evaluation must not repack the weight
+    keep_unpacked(layer)
     if plain.bias is not None:
         layer.bias = nn.Parameter(
             torch.zeros(plain.out_features, dtype=dtype, device=device), requires_grad=False

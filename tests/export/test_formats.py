@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlora_trainer.errors import CheckpointError, ConfigError
 from qlora_trainer.export.formats import Exporter, ExportOptions
 from qlora_trainer.export.quantize import QuantizeOptions
+from qlora_trainer.model.load import keep_unpacked
 from tests import tiny
 from tests.export import runs
 from tests.export.test_verify import exporter, source
@@ -34,8 +35,7 @@ def test_bitsandbytes_checkpoints_load_as_they_are(run, kind, bound, share):
     exports = exporter(run)
     folder = exports.export(kind)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    for module in model.modules():
-        module.support_avx512bf16_for_cpu = False
+    keep_unpacked(model)
     linear = model.model.layers[0].mlp.down_proj
     assert type(linear).__name__ == {"int8": "Linear8bitLt", "nf4": "Linear4bit"}[kind]
     assert type(model.lm_head).__name__ == "Linear"

@@ -11,6 +11,7 @@ from qlora_trainer.data.batch import Batch
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.forward import ReferenceForward
 from qlora_trainer.model.fuse import GraphedMicroStep, fuse
+from qlora_trainer.model.load import keep_unpacked
 from qlora_trainer.model.lora import LoraOptions, attach
 from tests import tiny
 from tests.batches import collate, documents
@@ -41,7 +42,7 @@ def quantize(model: nn.Module, quant_type: str, nested: bool) -> nn.Module:
                     child.weight.data, requires_grad=False, compress_statistics=nested, quant_type=quant_type
                 )
                 linear.bias = child.bias
-                linear.support_avx512bf16_for_cpu = False
+                keep_unpacked(linear)
                 setattr(parent, name, linear.to("cpu"))
     return model
 

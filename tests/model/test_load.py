@@ -8,8 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_trainer.errors import ConfigError, MissingInputError
-from qlora_trainer.model.load import BaseOptions, load_base, load_tokenizer, pick_device
+from qlora_trainer.model.load import BaseOptions, keep_unpacked, load_base, load_tokenizer, pick_device
 from qlora_trainer.model.lora import LoraOptions, attach
+from qlora_trainer.model.synthetic import random_base
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -46,6 +47,36 @@ def test_evaluating_leaves_the_quantized_base_bit_unchanged(folder):
         model.eval()(input_ids=torch.tensor([[3, 4, 5]]))
     assert torch.equal(layer.weight.data, before[0])
     assert torch.equal(layer.weight.quant_state.absmax, before[1])
+
+
+class Repacked(Exception):
+    """What the simulated CPU does instead of repacking a weight for its bfloat16 kernel."""
+
+
+@pytest.fixture
+def avx512_bf16(monkeypatch):
+    def repack(weight, state, *more):
+        raise Repacked
+
+    monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)
+    monkeypatch.setattr(bnb.nn.modules, "_convert_weight_packed_for_cpu", repack)
+
+
+def test_evaluation_multiplies_with_the_weights_of_training_on_a_cpu_with_avx512_bf16(folder, avx512_bf16):
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=quantization, device_map={"": CPU}
+    )
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        training = model.train()(input_ids=ids).logits
+        with pytest.raises(Repacked):  # what plain transformers does on such a CPU
+            model.eval()(input_ids=ids)
+        keep_unpacked(model)
+        assert torch.equal(model.eval()(input_ids=ids).logits, training)
+        for ours in (load_base(BaseOptions(folder), CPU), random_base(model.config, CPU)):
+            training = ours.train()(input_ids=ids).logits
+            assert torch.equal(ours.eval()(input_ids=ids).logits, training)
 
 
 def test_a_width_that_bitsandbytes_misreads_on_a_cpu_is_refused(tmp_path):
