@@ -20,10 +20,11 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_trainer.data.chat import resolve_template, template_source
 from qlora_trainer.data.encode import Dropped, Encoder, Masking
-from qlora_trainer.data.formats import Example, RowError
+from qlora_trainer.data.example import Example
 from qlora_trainer.data.options import DataOptions
 from qlora_trainer.data.parallel import Result, encode_all, processes
-from qlora_trainer.data.rows import Problem, Row
+from qlora_trainer.data.problems import Problem, RowError
+from qlora_trainer.data.rows import Row
 from qlora_trainer.data.scan import VERSION as SCAN_VERSION
 from qlora_trainer.data.scan import RowSplit, Scan, SourceReader, contents, digest, ready, scan
 from qlora_trainer.data.sources import Files, OpenSource, open_source

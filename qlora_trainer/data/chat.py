@@ -28,7 +28,8 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from qlora_trainer.data.formats import Example, Message, RowError
+from qlora_trainer.data.example import Example, Message
+from qlora_trainer.data.problems import RowError
 from qlora_trainer.errors import ConfigError, MissingInputError
 
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")

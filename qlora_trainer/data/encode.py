@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from qlora_trainer.data.chat import ChatTemplate, Rendering, Span
-from qlora_trainer.data.formats import Example, RowError
+from qlora_trainer.data.example import Example
+from qlora_trainer.data.problems import RowError
 from qlora_trainer.errors import ConfigError
 
 Ids = NDArray[np.int32]

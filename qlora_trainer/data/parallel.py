@@ -15,7 +15,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from typing import TypeVar
 
 from qlora_trainer.data.encode import Document, Dropped, Encoder
-from qlora_trainer.data.formats import Example, RowError
+from qlora_trainer.data.example import Example
+from qlora_trainer.data.problems import RowError
 
 MOST_PROCESSES = 16
 Carried = TypeVar("Carried")

@@ -22,20 +22,13 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from qlora_trainer.data.problems import MAX_ROW_BYTES, Problem, kind
 from qlora_trainer.errors import DataError
 
-MAX_ROW_BYTES = 10 * 2**20  # a longer row is a broken file, not an example
 CHUNK = 1 << 20  # characters of a JSON array read at a time
 WRAPPERS = {"data", "examples", "instances", "rows"}  # a lone object with one of these holds the rows there
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 DAMAGED = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, pa.ArrowInvalid, pa.ArrowIOError)
-
-
-class Problem(NamedTuple):
-    """What is wrong with a row: the field (empty: the row as a whole) and a few words."""
-
-    field: str
-    text: str
 
 
 class Row(NamedTuple):
@@ -142,19 +135,6 @@ def _parse_object(text: str) -> dict[str, Any] | Problem:
 
 def _as_object(value: Any) -> dict[str, Any] | Problem:
     return value if isinstance(value, dict) else Problem("", f"expected an object, found {kind(value)}")
-
-
-def kind(value: Any) -> str:
-    """A value's type in words a user of JSON knows."""
-    names = {
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        str: "text",
-        list: "a list",
-        dict: "an object",
-    }
-    return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
 def _read_jsonl(path: Path, _: str) -> Values:

@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 
 from qlora_trainer.data import formats
-from qlora_trainer.data.formats import Example, RowError
+from qlora_trainer.data.example import Example
 from qlora_trainer.data.options import DataOptions, Source
-from qlora_trainer.data.rows import Problem, Row
+from qlora_trainer.data.problems import Problem, RowError
+from qlora_trainer.data.rows import Row
 from qlora_trainer.data.sources import Hub, OpenSource, open_source
 from qlora_trainer.data.trees import join_trees
 from qlora_trainer.errors import CheckpointError, DataError

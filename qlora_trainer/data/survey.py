@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_trainer.data.chat import ChatTemplate
 from qlora_trainer.data.encode import Encoder, Masking
-from qlora_trainer.data.formats import Example
+from qlora_trainer.data.example import Example
 from qlora_trainer.data.loader import Loader
 from qlora_trainer.data.options import DataOptions
 from qlora_trainer.data.scan import RowSplit, SourceReader

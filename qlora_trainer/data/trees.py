@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
-from qlora_trainer.data.rows import Problem, Row
+from qlora_trainer.data.problems import Problem
+from qlora_trainer.data.rows import Row
 
 COLUMNS = {"message_id", "parent_id", "message_tree_id", "text", "role"}
 

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_trainer.data.chat import TODAY, ChatTemplate, named_templates, resolve_template
 from qlora_trainer.data.encode import Document, Encoder, Masking
-from qlora_trainer.data.formats import Example, Message, RowError
+from qlora_trainer.data.example import Example, Message
+from qlora_trainer.data.problems import RowError
 from qlora_trainer.errors import ConfigError, MissingInputError
 from tests.data.families import FAMILIES, base, tokenizer
 

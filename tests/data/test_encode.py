@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from qlora_trainer.data.chat import resolve_template
 from qlora_trainer.data.encode import Dropped, Encoder, Masking
-from qlora_trainer.data.formats import Example, Message, RowError
+from qlora_trainer.data.example import Example, Message
+from qlora_trainer.data.problems import RowError
 from tests.data.families import FAMILIES, base, tokenizer
 from tests.data.test_chat import PLAIN, THINKING, marked
 

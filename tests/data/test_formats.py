@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from qlora_trainer.data.formats import Example, RowError, detect, reader
+from qlora_trainer.data.example import Example
+from qlora_trainer.data.formats import detect, reader
+from qlora_trainer.data.problems import RowError
 from qlora_trainer.errors import DataError
 
 TURNS = [("user", "hi"), ("assistant", "hello"), ("user", "bye"), ("assistant", "so long")]

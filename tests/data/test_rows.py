@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qlora_trainer.data.rows import CHUNK, Problem, read_rows
+from qlora_trainer.data.problems import Problem
+from qlora_trainer.data.rows import CHUNK, read_rows
 from qlora_trainer.errors import DataError
 
 ROWS = [

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from qlora_trainer.data import DataOptions, scan
-from qlora_trainer.data.formats import Example
+from qlora_trainer.data.example import Example
 from qlora_trainer.data.options import Source
-from qlora_trainer.data.rows import Problem
+from qlora_trainer.data.problems import Problem
 from qlora_trainer.data.scan import RowSplit, SourceReader, check_rows
 from qlora_trainer.data.sources import open_source
 from qlora_trainer.errors import CheckpointError, DataError
