@@ -16,7 +16,6 @@ from qlora_trainer.inference.stop import pad_id, stop_ids
 from qlora_trainer.model.load import DTYPES, BaseOptions, pick_dtype
 from qlora_trainer.model.lora import LoraOptions
 from qlora_trainer.train.distributed import Ranks
-from qlora_trainer.train.signals import shield_worker
 
 _Options = TypeVar("_Options")
 
@@ -155,7 +154,6 @@ def train_loader(
         world_size=ranks.world_size,
         num_workers=config.data.num_workers,
         pad_id=pad_id(tokenizer, stop_ids(tokenizer)),
-        worker_init=lambda worker: shield_worker(),
     )
 
 

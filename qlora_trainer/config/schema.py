@@ -65,7 +65,7 @@ class DataConfig:
     sample_by: str = "line"  # of text files: line | paragraph | document
     streaming: bool = False  # read a hub dataset over the network, not from a download
     cache_dir: Optional[str] = None  # of tokenized data; null: ~/.cache/qlora_trainer/tokenized
-    num_workers: int = 0  # processes that prepare batches ahead
+    num_workers: int = 0  # threads that prepare batches ahead
 
 
 @dataclass

@@ -5,6 +5,9 @@ position to save: to resume is to ask for another index. One epoch is one order 
 rows, which are packs or single documents; micro-batches of rows; steps of `accumulation * world_size`
 micro-batches. Rank r takes micro-batches r, r + world_size, … of a step, so any world size with the same
 product sees the same micro-batches.
+
+What is prepared ahead is prepared by threads. A step's batches take less than a millisecond to make; to
+fetch them from a worker process took 5 to 15, and a process can be killed on its own, and needs /dev/shm.
 """
 
 from __future__ import annotations
@@ -12,19 +15,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from qlora_trainer.data.batch import IGNORE, Batch
 from qlora_trainer.data.order import EpochOrder, epoch_order
 from qlora_trainer.data.packing import Order
 from qlora_trainer.data.store import TokenizedData
 from qlora_trainer.errors import ConfigError
+
+AHEAD = 2  # steps that each thread keeps ready
 
 
 @dataclass(frozen=True)
@@ -49,9 +55,8 @@ class Loader:
         accumulation: micro-batches per rank and step.
         max_length: tokens; with packing every row has exactly so many, else the longest document's.
         group_by_length: documents of like length share a micro-batch (not with packing).
-        num_workers: processes that prepare batches ahead in `steps`; the batches are the same.
+        num_workers: threads that prepare batches ahead in `steps`; the batches are the same.
         pad_id: token written into padding; its value never matters to a result.
-        worker_init: called with its number in each of those processes first.
     """
 
     def __init__(
@@ -68,7 +73,6 @@ class Loader:
         world_size: int = 1,
         num_workers: int = 0,
         pad_id: int,
-        worker_init: Callable[[int], None] | None = None,
     ) -> None:
         if packing and group_by_length:
             raise ConfigError(
@@ -83,7 +87,6 @@ class Loader:
         self.micro_batch_size, self.accumulation, self.max_length = micro_batch_size, accumulation, max_length
         self.packing, self.group_by_length, self.seed = packing, group_by_length, seed
         self.rank, self.world_size, self.num_workers, self.pad_id = rank, world_size, num_workers, pad_id
-        self._worker_init = worker_init
         order = {
             "data": data.fingerprint,
             "repeats": hashlib.sha256(data.repeats.tobytes()).hexdigest(),
@@ -116,19 +119,22 @@ class Loader:
         return StepBatch(mine, total)
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[StepBatch]:
-        """Steps of an epoch from `start` on, prepared ahead by `num_workers` processes."""
-        count = self.steps_per_epoch(epoch)  # orders before the workers fork, so that they share it
+        """Steps of an epoch from `start` on, prepared ahead by `num_workers` threads."""
+        indices = range(start, self.steps_per_epoch(epoch))  # puts the epoch in order, before any thread asks
         if self.num_workers == 0:
-            yield from (self.step(epoch, index) for index in range(start, count))
+            yield from (self.step(epoch, index) for index in indices)
             return
-        yield from DataLoader(
-            _Steps(self, epoch, start, count),
-            batch_size=None,
-            num_workers=self.num_workers,
-            multiprocessing_context="fork",
-            generator=torch.Generator(),  # its own: starting workers must not draw from the run's numbers
-            worker_init_fn=self._worker_init,
-        )
+        ready: deque[Future[StepBatch]] = deque()
+        threads = ThreadPoolExecutor(self.num_workers, "batches")
+        try:
+            for index in indices:
+                ready.append(threads.submit(self.step, epoch, index))
+                if len(ready) > AHEAD * self.num_workers:
+                    yield ready.popleft().result()
+            while ready:
+                yield ready.popleft().result()
+        finally:
+            threads.shutdown(cancel_futures=True)
 
     def order(self, epoch: int) -> EpochOrder:
         """Which documents share a row, and which rows a micro-batch, in `epoch`."""
@@ -209,16 +215,3 @@ def _silent(batch: Batch) -> Batch:
         loss_weights=torch.zeros_like(batch.loss_weights),
         rows=(),
     )
-
-
-class _Steps(Dataset[StepBatch]):
-    """Steps of one epoch for torch's DataLoader, which forks the workers and keeps the order."""
-
-    def __init__(self, loader: Loader, epoch: int, start: int, count: int) -> None:
-        self.loader, self.epoch, self.start, self.count = loader, epoch, start, count
-
-    def __len__(self) -> int:
-        return self.count - self.start
-
-    def __getitem__(self, index: int) -> StepBatch:
-        return self.loader.step(self.epoch, self.start + index)

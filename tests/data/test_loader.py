@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from qlora_trainer.data import IGNORE, Batch, Loader, TokenizedData
+from qlora_trainer.data.loader import StepBatch
 from qlora_trainer.errors import ConfigError
 
 PAD = 0
@@ -99,7 +103,7 @@ def test_a_step_depends_on_nothing_but_seed_epoch_and_index(data: TokenizedData,
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_worker_processes_give_the_same_steps_from_any_start(data: TokenizedData, workers: int) -> None:
+def test_workers_give_the_same_steps_from_any_start(data: TokenizedData, workers: int) -> None:
     ours = loader(data, num_workers=workers, packing=True)
     for start in (0, 1):
         expected = [ours.step(1, index) for index in range(start, ours.steps_per_epoch(1))]
@@ -108,6 +112,36 @@ def test_worker_processes_give_the_same_steps_from_any_start(data: TokenizedData
         for a, b in zip(given, expected, strict=True):
             assert a.total_weight == b.total_weight
             assert all(same(x, y) for x, y in zip(a.micro_batches, b.micro_batches, strict=True))
+
+
+def test_workers_are_no_processes_and_end_with_the_epoch(data: TokenizedData) -> None:
+    """A process could be killed alone, and could not start where /dev/shm is full."""
+    before = threading.active_count()
+    for taken in (1, None):
+        steps = loader(data, num_workers=2, micro_batch_size=1, accumulation=1).steps(0)
+        next(steps)
+        assert multiprocessing.active_children() == [] and psutil.Process().children() == []
+        assert any(thread.name.startswith("batches") for thread in threading.enumerate())
+        steps.close() if taken else list(steps)  # type: ignore[attr-defined]
+        assert threading.active_count() == before
+
+
+def test_what_a_worker_raises_is_raised_where_the_step_is_asked_for(data: TokenizedData) -> None:
+    """And not before: the steps that were made are given first, as without workers."""
+    for workers in (0, 2):
+        ours = loader(data, num_workers=workers, micro_batch_size=1, accumulation=1)
+        made = ours.step
+
+        def step(epoch: int, index: int, made: Any = made) -> StepBatch:
+            if index == 3:
+                raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+            return made(epoch, index)
+
+        ours.step = step  # type: ignore[method-assign]
+        steps = ours.steps(0)
+        assert [next(steps).micro_batches[0].rows for _ in range(3)]
+        with pytest.raises(UnicodeDecodeError):
+            next(steps)
 
 
 def test_batch_holds_the_documents_as_the_contract_says(data: TokenizedData) -> None:

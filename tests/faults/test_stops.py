@@ -80,22 +80,6 @@ def test_a_second_signal_ends_it_at_once_and_nothing_is_torn(scene: Scene, phase
     assert differences(scene.uninterrupted(), scene.folder / name) == []
 
 
-def test_data_workers_end_with_the_run(scene: Scene) -> None:
-    run = scene.start("workers", ("slow_micro_batches", 0.3), data__num_workers=2)
-    run.wait_for("micro-batch")
-    workers = psutil.Process(run.pid).children()
-    assert len(workers) == 2
-    for worker in workers:
-        worker.send_signal(signal.SIGTERM)  # a scheduler signals every process of a job
-        worker.send_signal(signal.SIGINT)
-    time.sleep(0.3)
-    assert all(worker.is_running() for worker in workers)
-    run.send(signal.SIGKILL)
-    assert run.wait() == -9
-    _, alive = psutil.wait_procs(workers, timeout=5)
-    assert not alive
-
-
 # ---- several processes -------------------------------------------------------------------------
 
 
