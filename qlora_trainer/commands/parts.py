@@ -19,7 +19,7 @@ from peft import PeftModel
 from rich.console import RenderableType
 from rich.markup import escape
 
-from qlora_trainer.checkpoint.format import Checkpoint
+from qlora_trainer.checkpoint.format import ADAPTER, Checkpoint
 from qlora_trainer.commands import wiring
 from qlora_trainer.commands.plan import facts_of, plan_of
 from qlora_trainer.config.schema import RunConfig
@@ -33,6 +33,7 @@ from qlora_trainer.model.fused.decoder import FusedForward
 from qlora_trainer.model.load import BaseOptions, load_base
 from qlora_trainer.model.lora import attach
 from qlora_trainer.model.offload import LayerStream, offload_layers
+from qlora_trainer.model.residual import is_residual
 from qlora_trainer.model.source import resolve
 from qlora_trainer.plan import screen
 from qlora_trainer.plan.plan import RunPlan, check, compare
@@ -62,7 +63,7 @@ class Run:
             console.print(text, soft_wrap=True)
 
 
-def load_model(run: Run, base: BaseOptions, plan: RunPlan) -> PeftModel:
+def load_model(run: Run, base: BaseOptions, plan: RunPlan, begun: Checkpoint | None) -> PeftModel:
     config, device = run.config, run.ranks.device
     started = time.monotonic()
     streamed = plan.offload == "layers"
@@ -71,7 +72,11 @@ def load_model(run: Run, base: BaseOptions, plan: RunPlan) -> PeftModel:
         torch.device("cpu") if streamed else device,
         say=lambda line: run.say(f"[dim]         {escape(line)}"),
     )
-    adapted = attach(model, wiring.lora_options(config), config.seed)
+    options = wiring.lora_options(config)
+    stored = None
+    if begun is not None and is_residual(options.init_lora_weights):
+        stored = begun.tensors(ADAPTER)
+    adapted = attach(model, options, config.seed, stored)
     adapted.train()
     if streamed:
         offload_layers(adapted, model.model.layers, device)

@@ -119,7 +119,7 @@ def _train(run: Run) -> None:
         total = count_steps(loader, config.train.num_train_epochs)
 
     with signals.phase("loading", interruptible=True):
-        model = load_model(run, base, plan)
+        model = load_model(run, base, plan, begun)
         forward = make_forward(run, model, plan)
         optimizer = make_optimizer(
             config.optim.name,

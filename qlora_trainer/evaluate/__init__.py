@@ -2,6 +2,6 @@
 
 `perplexity` measures loss on labelled tokens, `generate` writes answers, `match` compares them with
 references, `report` shows base and tuned side by side. In: a model or its `forward`, batches and
-prompts. Out: numbers and the examples behind them. The base is the tuned model with its adapter
-switched off (`disable_adapter`), so both see the same weights.
+prompts. Out: numbers and the examples behind them. The base is the tuned model with all
+that was trained switched off (`model.residual.base_alone`), so both see the same weights.
 """

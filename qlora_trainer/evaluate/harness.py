@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_trainer.errors import ConfigError, MissingInputError
 from qlora_trainer.evaluate.perplexity import evaluating
+from qlora_trainer.model.residual import base_alone
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -62,7 +63,7 @@ class Harness:
             MissingInputError: a task's data are neither here nor to be had.
         """
         with evaluating(model):
-            with model.disable_adapter():
+            with base_alone(model):
                 base = self._run(model, tokenizer, batch_size, max_rows)
             tuned = self._run(model, tokenizer, batch_size, max_rows)
         return {

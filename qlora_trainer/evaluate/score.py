@@ -15,6 +15,7 @@ from qlora_trainer.evaluate.match import match
 from qlora_trainer.evaluate.perplexity import evaluating, measure_loss
 from qlora_trainer.evaluate.report import Scores
 from qlora_trainer.inference.stop import pad_id
+from qlora_trainer.model.residual import base_alone
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -50,7 +51,7 @@ def score_base_and_tuned(
     stop_ids: Sequence[int],
     sampling: Sampling | None = None,
 ) -> tuple[Scores, Scores]:
-    """The same measurement with the adapter off and on. `forward` must honour `disable_adapter`."""
-    with model.disable_adapter():
+    """The same measurement of the base and of the tuned model. `forward` must honour `base_alone`."""
+    with base_alone(model):
         base = score(model, forward, held_out, tokenizer, stop_ids, sampling)
     return base, score(model, forward, held_out, tokenizer, stop_ids, sampling)

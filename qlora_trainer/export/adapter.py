@@ -31,6 +31,7 @@ from qlora_trainer.export.fingerprint import base_fingerprint
 from qlora_trainer.inference.load import TRAINED_WITH, dtype_name
 from qlora_trainer.inference.stop import pad_id, stop_ids
 from qlora_trainer.model.load import BaseOptions
+from qlora_trainer.model.residual import adapter_settings, published_tensors
 from qlora_trainer.model.source import resolve
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -101,7 +102,7 @@ def export_adapter(
     Raises:
         CheckpointError: the disk refused; nothing is left behind.
     """
-    state = {name: tensor.contiguous() for name, tensor in peft.get_peft_model_state_dict(model).items()}
+    state = {name: tensor.contiguous() for name, tensor in published_tensors(model).items()}
     base = cast(PreTrainedModel, model.get_base_model())
     if chat_template is not None:
         tokenizer = copy.copy(tokenizer)
@@ -147,8 +148,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _peft_config(model: peft.PeftModel, trained: TrainedOn) -> peft.PeftConfig:
     """A copy for disk: the true base, ready for inference, and the same bytes from every process."""
-    stored = model.peft_config[model.active_adapter]
-    config = type(stored)(**{k: v for k, v in vars(stored).items() if k in type(stored).__dataclass_fields__})
+    config = adapter_settings(model)
     for name, value in vars(config).items():
         if isinstance(value, set):  # PEFT would write it in the order of this process's hashes
             setattr(config, name, sorted(value))

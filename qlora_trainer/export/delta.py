@@ -5,6 +5,9 @@ tuned one. Kinds that cannot be written into a weight are refused by name, befor
 
     LoRA   W + s·B·A, s = alpha/r, or alpha/sqrt(r) for rsLoRA (arXiv 2106.09685, 2312.03732)
     DoRA   m · (W + s·B·A) / ‖W + s·B·A‖, the norm over each output row (arXiv 2402.09353)
+
+Foreign PiSSA and OLoRA adapters learned on the residual W - s·B0·A0, which is computed here as it was there
+(`model.residual`); our own are stored as plain LoRA.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch import Tensor
 
 from qlora_trainer.errors import CheckpointError, ConfigError
 from qlora_trainer.inference.load import ADAPTER_CONFIG, read_json
+from qlora_trainer.model import residual
 from qlora_trainer.model.shards import ShardReader
 
 WEIGHTS = "adapter_model.safetensors"
@@ -40,9 +44,13 @@ _NOT_A_WEIGHT = {
 
 @dataclass
 class _LowRank:
-    """A [r, in] and B [out, r] of one module; `magnitude` [out] makes it DoRA."""
+    """A [r, in] and B [out, r] of one module; `magnitude` [out] makes it DoRA.
+
+    `init`: pissa or olora where the module's weight was a residual.
+    """
 
     scaling: float
+    init: str | None = None
     a: Tensor | None = None
     b: Tensor | None = None
     magnitude: Tensor | None = None
@@ -52,6 +60,9 @@ class _LowRank:
         assert self.a is not None and self.b is not None
         a, b = (factor.to(weight.device, torch.float32) for factor in (self.a, self.b))
         product = (b @ a).T if self.embedding else b @ a
+        if self.init is not None:
+            first_a, first_b = residual.first_factors(weight, self.init, a.shape[0], self.scaling)
+            product -= first_b @ first_a
         tuned = weight + self.scaling * product
         if self.magnitude is not None:
             magnitude = self.magnitude.to(weight.device, torch.float32)
@@ -130,6 +141,7 @@ def read_updates(adapter: Path) -> Updates:
     """
     config = read_json(adapter / ADAPTER_CONFIG)
     _refuse(config, adapter)
+    init = config.get("init_lora_weights")
     reader = ShardReader(adapter / WEIGHTS)
     updates = Updates()
     for key in reader.slots:
@@ -141,7 +153,7 @@ def read_updates(adapter: Path) -> Updates:
             continue
         parameter = f"{module}.weight"
         if parameter not in updates.low_rank:
-            updates.low_rank[parameter] = _LowRank(scaling=0.0)
+            updates.low_rank[parameter] = _LowRank(0.0, init if residual.is_residual(init) else None)
         update = updates.low_rank[parameter]
         match part.removesuffix(".weight"):
             case "A" | "embedding_A" as which:
@@ -175,6 +187,7 @@ def _refuse(config: dict[str, Any], adapter: Path) -> None:
             f"{adapter}: an adapter of type {config.get('peft_type')} cannot be merged here, only LoRA can; "
             "export.format=[adapter] works"
         )
+    residual.check_foreign(config, adapter)
     for key, meaning in _NOT_A_WEIGHT.items():
         if config.get(key):
             raise ConfigError(f"{adapter}: {meaning} ({key}) cannot be merged; export.format=[adapter] works")

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_trainer.errors import CheckpointError, ConfigError, MissingInputError
+from qlora_trainer.model import residual
 from qlora_trainer.model.load import DTYPES, BaseOptions, load_base, load_tokenizer, pick_device, pick_dtype
 
 TRAINED_WITH = "training.json"  # beside the adapter: how its base was held while it learned
@@ -135,11 +136,19 @@ def put_adapter(model: PreTrainedModel, adapter: Path) -> peft.PeftModel:
 
     Raises:
         CheckpointError: unreadable, or tensors of other shapes than this base asks for.
+        ConfigError: an adapter whose base was changed in a way that cannot be computed again.
     """
+    residual.check_foreign(read_json(adapter / ADAPTER_CONFIG), adapter)
     if not (adapter / "adapter_model.safetensors").is_file():
         raise CheckpointError(f"{adapter}: no adapter_model.safetensors in it, and no pickle is read")
     try:
-        tuned = peft.PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
+        config = peft.PeftConfig.from_pretrained(str(adapter))
+        init = getattr(config, "init_lora_weights", None)
+        if residual.is_residual(init):
+            config.init_lora_weights = True
+        tuned = peft.PeftModel.from_pretrained(
+            model, str(adapter), config=config, autocast_adapter_dtype=False
+        )
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{adapter}: cannot read the adapter: {_first_line(error)}") from error
     except RuntimeError as error:  # load_state_dict lists every tensor that does not fit, one a line
@@ -153,6 +162,8 @@ def put_adapter(model: PreTrainedModel, adapter: Path) -> peft.PeftModel:
         key = name.replace(".modules_to_save.default", "").replace(".default", "")
         if key in stored:  # PEFT makes parameters in the base's dtype, whatever the file holds
             parameter.data = parameter.data.to(stored[key])
+    if residual.is_residual(init):
+        residual.begin_foreign(tuned, str(init))
     tuned.eval()
     return tuned
 

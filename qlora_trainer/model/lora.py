@@ -6,14 +6,16 @@ the run's seed and rounded to the dtype of the forward pass. The optimizer keeps
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import peft
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.model import residual
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,13 @@ class LoraOptions:
     dtype: torch.dtype = torch.bfloat16
 
 
-def attach(model: PreTrainedModel, options: LoraOptions, seed: int) -> peft.PeftModel:
-    """Puts adapters on `model`; B starts at zero, so the first loss is the base's.
+def attach(
+    model: PreTrainedModel, options: LoraOptions, seed: int, stored: Mapping[str, Tensor] | None = None
+) -> peft.PeftModel:
+    """Puts adapters on `model`; the first loss is the base's, for B starts at zero (or see `residual`).
+
+    Args:
+        stored: the adapter of the checkpoint that the run goes on from.
 
     Raises:
         ConfigError: a target or a module to save is not in the model.
@@ -41,6 +48,7 @@ def attach(model: PreTrainedModel, options: LoraOptions, seed: int) -> peft.Peft
     packed = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "qweight")}
     if targets == "all-linear" and packed:
         targets = sorted(packed)  # PEFT does not count GPTQ's and AWQ's layers as linear ones
+    begins_in_weights = residual.is_residual(options.init_lora_weights)
     config = peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM,
         r=options.r,
@@ -50,7 +58,7 @@ def attach(model: PreTrainedModel, options: LoraOptions, seed: int) -> peft.Peft
         modules_to_save=list(options.modules_to_save) if options.modules_to_save else None,
         use_rslora=options.use_rslora,
         use_dora=options.use_dora,
-        init_lora_weights=options.init_lora_weights,
+        init_lora_weights=True if begins_in_weights else options.init_lora_weights,
         bias="none",
     )
     for wanted in options.modules_to_save or ():
@@ -76,4 +84,6 @@ def attach(model: PreTrainedModel, options: LoraOptions, seed: int) -> peft.Peft
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad and "modules_to_save" not in name:
             parameter.data = parameter.data.to(options.dtype)
+    if begins_in_weights:
+        residual.begin(adapted, str(options.init_lora_weights), stored)
     return adapted

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel
 from torch import Tensor
 
 from qlora_trainer import __version__
 from qlora_trainer.checkpoint import format, publish, rng
 from qlora_trainer.checkpoint.format import Checkpoint
+from qlora_trainer.model import residual
 from qlora_trainer.train.distributed import Ranks
 from qlora_trainer.train.loop import Optimizer, Progress
 
@@ -83,8 +84,7 @@ class RunState:
             CheckpointError: tensors of other names or shapes: a change was allowed that cannot be made.
         """
         self.optimizer.load_state_tensors(checkpoint.tensors(format.OPTIMIZER))  # looks before it changes
-        result = set_peft_model_state_dict(self.model, checkpoint.tensors(format.ADAPTER))
-        assert not result.unexpected_keys, result.unexpected_keys
+        residual.take_adapter(self.model, checkpoint.tensors(format.ADAPTER))
         for name in self.progress.to_dict():
             setattr(self.progress, name, checkpoint.state[name])
         states = rng.of_rank(checkpoint.tensors(format.RNG), self.ranks.rank)
@@ -94,12 +94,12 @@ class RunState:
 
 def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
     """The adapter under PEFT's own names for its file, without the base's embeddings."""
-    return get_peft_model_state_dict(model, save_embedding_layers=False)
+    return residual.adapter_tensors(model, save_embedding_layers=False)
 
 
 def adapter_config(model: PeftModel) -> dict[str, Any]:
     """`adapter_config.json` as PEFT writes it, ready for inference."""
-    config = model.peft_config["default"].to_dict()
+    config = residual.adapter_settings(model).to_dict()
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     return plain | {"inference_mode": True}
 
