@@ -9,6 +9,7 @@ Comes in: `DataOptions` and a tokenizer. Goes out: `TokenizedData` and, from it,
 
 options.py   what the room is told            sources.py   files, folders, hub, built-in
 problems.py  what can be wrong with a row     example.py   what one row teaches, checked
+turns.py     turns, and their order           tools.py     schemas and calls in one form
 rows.py      files to rows, with their lines  trees.py     OASST messages to trees
 formats.py   rows to checked examples         scan.py      every row read and checked, without torch
 chat.py      templates, and where turns lie   encode.py    examples to ids and loss weights

@@ -9,13 +9,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+THINKING = ("reasoning_content", "reasoning", "thinking")  # what people call what the model thinks
+SPOKEN = ("tool_calls", *THINKING)  # keys beside `content` that hold what an assistant says
+
 
 @dataclass(frozen=True)
 class Message:
     """One turn. `weight` scales the loss on it: None takes the run's own choice for the role.
 
-    `extra` goes to the chat template as it is: `tool_calls`, `name`, `reasoning_content`, and for
-    alpaca rows `input`, which the Alpaca template puts under its own heading.
+    `extra` holds every other key of the turn under the name that the data give it: `name`, `tool_call_id`,
+    a key of THINKING, keys of a template of one's own. Empty ones (null, "", [], {}) are left out.
+    `tool_calls` are as `tools.py` describes them. Alpaca rows have `instruction` and `input`, which the
+    Alpaca template puts under headings of their own; their text stands in `content` too.
     """
 
     role: str
@@ -23,13 +28,21 @@ class Message:
     weight: float | None = None
     extra: Mapping[str, Any] | None = None
 
+    @property
+    def says(self) -> bool:
+        """Whether there is anything to learn in it: text, a call of a tool, a thought."""
+        return bool(self.content.strip()) or any((self.extra or {}).get(name) for name in SPOKEN)
+
     def for_template(self) -> dict[str, Any]:
         return {"role": self.role, "content": self.content, **(self.extra or {})}
 
 
 @dataclass(frozen=True)
 class Example:
-    """What one row teaches: a conversation (`messages`), or `prompt` + `completion` as they stand."""
+    """What one row teaches: a conversation (`messages`), or `prompt` + `completion` as they stand.
+
+    `tools` are the schemas that the conversation may call, as `tools.py` describes them.
+    """
 
     messages: tuple[Message, ...] = ()
     prompt: str = ""
@@ -43,7 +56,7 @@ class Example:
 
     @property
     def empty(self) -> bool:
-        """Whether there is no answer text to learn."""
+        """Whether there is no answer to learn."""
         if self.raw:
             return not self.completion.strip()
-        return not any(m.role == "assistant" and (m.content.strip() or m.extra) for m in self.messages)
+        return not any(message.role == "assistant" and message.says for message in self.messages)

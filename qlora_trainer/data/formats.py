@@ -4,42 +4,27 @@ Comes in: a row's columns. Goes out: an `Example`, a checked conversation or a r
 A row that does not fit its format raises `RowError(field, problem)`; who reads the rows adds `file:line`.
 
     alpaca             instruction, output (input, system, history optional)
-    messages           messages: [{role, content}]   (OpenAI; content may be a list of text parts)
-    sharegpt           conversations: [{from, value}]
+    messages           messages: [{role, content, tool_calls}], tools   (content may be a list of text parts)
+    sharegpt           conversations: [{from, value}], tools, system   (function_call turns are calls)
     prompt_completion  prompt, completion: texts, or lists of messages (also: input, output)
     text               text: one document, every token supervised
     oasst              a message tree, or its messages a row each (`trees.py`); the best-ranked reply at each
                        level, the QLoRA paper's choice
+
+A list may be JSON text: `messages`, `conversations`, `tools`, the arguments of a call (`tools.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from qlora_trainer.data.example import Example, Message
-from qlora_trainer.data.problems import MAX_ROW_BYTES, RowError, kind
+from qlora_trainer.data.problems import RowError, kind
+from qlora_trainer.data.tools import schemas
+from qlora_trainer.data.turns import ROLES, check_order, clean_tree, listed, text, turns
 from qlora_trainer.errors import DataError
-
-ROLES = {
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "function_call": "assistant",
-    "system": "system",
-    "developer": "system",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "ipython": "tool",
-}
-
 
 Reader = Callable[[dict[str, Any]], Example]
 
@@ -49,26 +34,37 @@ def detect(row: dict[str, Any], where: str) -> str:
 
     Raises DataError for preference pairs, and where no format fits (it says how to map columns).
     """
-    columns = set(row)
     refuse_preference(row, where)
-    if isinstance(row.get("messages"), list):
+    if (format := known(row)) is None:
+        raise DataError(
+            f"{where}: no known format has the columns {', '.join(map(str, row)) or '(none)'}; name them, "
+            "for example data.columns={instruction: question, output: answer}, or set data.format"
+        )
+    return format
+
+
+def known(row: Mapping[str, Any]) -> str | None:
+    """The format that has a row's columns, if one has."""
+    if _is_list(row.get("messages")):
         return "messages"
     for name in ("conversations", "conversation"):
-        if isinstance(turns := row.get(name), list):
-            openai = bool(turns) and isinstance(turns[0], dict) and "role" in turns[0]
-            return "messages" if openai else "sharegpt"
+        if _is_list(given := row.get(name)):
+            try:
+                first = next(iter(listed(given, name)), None)
+            except RowError:  # not JSON: reading will say so
+                first = None
+            return "messages" if isinstance(first, dict) and "role" in first else "sharegpt"
     if isinstance(row.get("prompt"), dict) and "replies" in row["prompt"]:
         return "oasst"
-    if {"instruction", "output"} <= columns:
+    if {"instruction", "output"} <= set(row):
         return "alpaca"
-    if {"prompt", "completion"} <= columns or {"input", "output"} <= columns:
+    if {"prompt", "completion"} <= set(row) or {"input", "output"} <= set(row):
         return "prompt_completion"
-    if "text" in columns:
-        return "text"
-    raise DataError(
-        f"{where}: no known format has the columns {', '.join(map(str, row)) or '(none)'}; name them, "
-        "for example data.columns={instruction: question, output: answer}, or set data.format"
-    )
+    return "text" if "text" in row else None
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("["))
 
 
 def refuse_preference(row: dict[str, Any], where: str) -> None:
@@ -83,13 +79,17 @@ def refuse_preference(row: dict[str, Any], where: str) -> None:
 def reader(format: str, columns: Mapping[str, str]) -> Reader:
     """The function that turns a row into an Example, with the recipe's column names applied."""
     read = READERS[format]
-    if not columns:
-        return read
+    return lambda row: read(named(row, columns))
 
-    def mapped(row: dict[str, Any]) -> Example:
-        return read(rename(row, columns))
 
-    return mapped
+def named(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """The row under our column names, and null for NaN, which is pandas' word for it."""
+    if any(value != value for value in row.values() if isinstance(value, float)):
+        row = {
+            name: None if isinstance(value, float) and value != value else value
+            for name, value in row.items()
+        }
+    return rename(row, columns) if columns else row
 
 
 def rename(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -100,47 +100,20 @@ def rename(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     return renamed | {ours: row[theirs] for ours, theirs in columns.items()}
 
 
-def _text(row: Mapping[str, Any], field: str, default: str | None = None, at: str = "") -> str:
-    if field not in row:
-        if default is None:
-            raise RowError(at + field, f"missing column; the row has {', '.join(map(str, row)) or 'none'}")
-        return default
-    value = row[field]
-    if value is None and default is not None:
-        return default
-    if not isinstance(value, str):
-        raise RowError(at + field, f"expected text, found {kind(value)}")
-    return _clean(value, at + field)
-
-
-def _clean(text: str, field: str) -> str:
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RowError(
-                field, f"half of a surrogate pair at character {error.start}, not valid text"
-            ) from error
-    if len(text) > MAX_ROW_BYTES:
-        raise RowError(field, f"longer than {MAX_ROW_BYTES >> 20} MiB")
-    if "\0" in text:
-        raise RowError(field, f"NUL character at {text.index(chr(0))}")
-    return text
-
-
 def _alpaca(row: dict[str, Any]) -> Example:
-    instruction, extra = _text(row, "instruction"), _text(row, "input", "")
-    output = _text(row, "output")
+    instruction, extra = text(row, "instruction"), text(row, "input", "")
+    output = text(row, "output")
     if not (instruction.strip() or extra.strip()):
         raise RowError("instruction", "empty, and so is input")
     messages = []
-    if system := _text(row, "system", ""):
+    if system := text(row, "system", ""):
         messages.append(Message("system", system))
-    for at, pair in enumerate(_list(row.get("history") or [], "history")):
+    for at, pair in enumerate(listed(row.get("history") or [], "history")):
         if not (
-            isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+            isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(said, str) for said in pair)
         ):
             raise RowError(f"history[{at}]", "expected [question, answer]")
+        clean_tree(list(pair), f"history[{at}]")
         messages += [Message("user", pair[0]), Message("assistant", pair[1])]
     question = f"{instruction}\n\n{extra}" if instruction and extra else instruction or extra
     parts = {"instruction": instruction, "input": extra} if instruction and extra else None
@@ -154,130 +127,44 @@ def _messages(row: dict[str, Any]) -> Example:
             break
     else:
         raise RowError("messages", f"missing column; the row has {', '.join(map(str, row))}")
-    turns = [
-        _turn(turn, f"{field}[{at}]", "role", "content") for at, turn in enumerate(_list(row[field], field))
-    ]
-    return _conversation(turns, field, row)
+    return _conversation(turns(row[field], field), field, row)
 
 
 def _sharegpt(row: dict[str, Any]) -> Example:
     field = "conversations" if "conversations" in row or "conversation" not in row else "conversation"
     if field not in row:
         raise RowError(field, f"missing column; the row has {', '.join(map(str, row))}")
-    turns = [
-        _turn(turn, f"{field}[{at}]", "from", "value") for at, turn in enumerate(_list(row[field], field))
-    ]
-    return _conversation(turns, field, row)
+    return _conversation(turns(row[field], field, "from", "value"), field, row)
 
 
-def _conversation(turns: list[Message], field: str, row: dict[str, Any]) -> Example:
-    if (system := _text(row, "system", "")) and not (turns and turns[0].role == "system"):
-        turns = [Message("system", system), *turns]
-    check_turns(turns, field)
-    tools = row.get("tools") or None
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise RowError("tools", "expected a list of objects")
-    return Example(tuple(turns), tools=tools)
+def _conversation(said: list[Message], field: str, row: dict[str, Any]) -> Example:
+    if (system := text(row, "system", "")) and not (said and said[0].role == "system"):
+        said = [Message("system", system), *said]
+    check_order(said, field)
+    return Example(tuple(said), tools=_tools(row))
 
 
-def _list(value: Any, field: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise RowError(field, f"expected a list, found {kind(value)}")
-    return value
-
-
-def _turn(turn: Any, at: str, role_key: str, content_key: str) -> Message:
-    if not isinstance(turn, dict):
-        raise RowError(at, f"expected an object, found {kind(turn)}")
-    said = _text(turn, role_key, at=f"{at}.")
-    if (role := ROLES.get(said.strip().lower())) is None:
-        raise RowError(f"{at}.{role_key}", f"unknown role {said!r}; known: {', '.join(ROLES)}")
-    extra = {
-        name: turn[name]
-        for name in ("name", "tool_calls", "tool_call_id", "reasoning_content")
-        if turn.get(name)
-    }
-    content = turn.get(content_key)
-    if isinstance(content, list):
-        text = _join_parts(content, f"{at}.{content_key}")
-    elif content is None and content_key in turn and "tool_calls" in extra:
-        text = ""
-    else:
-        text = _text(turn, content_key, at=f"{at}.")
-    return Message(role, text, _weight(turn, at), extra or None)
-
-
-def _join_parts(parts: list[Any], at: str) -> str:
-    texts = []
-    for index, part in enumerate(parts):
-        if not isinstance(part, dict) or part.get("type") != "text":
-            what = part.get("type") if isinstance(part, dict) else kind(part)
-            raise RowError(f"{at}[{index}]", f"only text can be trained on, found {what!r}")
-        texts.append(_text(part, "text" if "text" in part else "value", at=f"{at}[{index}]."))
-    return "".join(texts)
-
-
-def _weight(turn: dict[str, Any], at: str) -> float | None:
-    """`train: false`, or a weight under one of the names in use."""
-    train = turn.get("train")
-    if train is not None and not isinstance(train, bool):
-        raise RowError(f"{at}.train", f"expected true or false, found {kind(train)}")
-    for name in ("weight", "loss_weight"):
-        weight = turn.get(name)
-        if weight is None:
-            continue
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
-            raise RowError(f"{at}.{name}", f"expected a number of 0 or more, found {weight!r}")
-        return 0.0 if train is False else float(weight)
-    return None if train is None else float(train)
-
-
-def check_turns(turns: list[Message], field: str) -> None:
-    """One optional system turn, then user and assistant in alternation, an assistant last.
-
-    Tool turns follow the assistant turn that called them, and an assistant turn follows them.
-    """
-    if not turns:
-        raise RowError(field, "empty conversation")
-    before = ""
-    for at, turn in enumerate(turns):
-        allowed = {
-            "": ("system", "user"),
-            "system": ("user",),
-            "user": ("assistant",),
-            "assistant": ("user", "tool"),
-            "tool": ("assistant", "tool"),
-        }[before]
-        if turn.role not in allowed:
-            after = f"after {before}" if before else "first"
-            raise RowError(f"{field}[{at}]", f"{turn.role} turn {after}; expected {' or '.join(allowed)}")
-        before = turn.role
-    if before != "assistant":
-        raise RowError(
-            f"{field}[{len(turns) - 1}]", f"the conversation ends with a {before} turn; nothing answers it"
-        )
+def _tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
+    field, given = "tools", row.get("tools")
+    if given is None and isinstance(row.get("functions"), list):
+        field, given = "functions", row["functions"]  # OpenAI's old name
+    found = schemas(given, field)
+    return None if found is None else clean_tree(found, field)
 
 
 def _prompt_completion(row: dict[str, Any]) -> Example:
     asks, answers = ("prompt", "completion") if "prompt" in row or "input" not in row else ("input", "output")
     if isinstance(row.get(asks), list) or isinstance(row.get(answers), list):
-        turns = [
-            _turn(turn, f"{name}[{at}]", "role", "content")
-            for name in (asks, answers)
-            for at, turn in enumerate(_list(row.get(name), name))
-        ]
-        check_turns(turns, asks)
-        prompt_only = len(row[asks])
-        muted = [
-            Message(m.role, m.content, 0.0 if at < prompt_only and m.weight is None else m.weight, m.extra)
-            for at, m in enumerate(turns)
-        ]
-        return Example(tuple(muted))
-    return Example(prompt=_text(row, asks), completion=_text(row, answers))
+        asked = turns(row.get(asks), asks)
+        muted = [m if m.weight is not None else replace(m, weight=0.0) for m in asked]
+        said = (*muted, *turns(row.get(answers), answers))
+        check_order(said, asks)
+        return Example(said, tools=_tools(row))
+    return Example(prompt=text(row, asks), completion=text(row, answers))
 
 
 def _plain(row: dict[str, Any]) -> Example:
-    return Example(completion=_text(row, "text"))
+    return Example(completion=text(row, "text"))
 
 
 def _oasst(row: dict[str, Any]) -> Example:
@@ -285,23 +172,23 @@ def _oasst(row: dict[str, Any]) -> Example:
     node = row.get("prompt")
     if not isinstance(node, dict):
         raise RowError("prompt", f"expected the root message of a tree, found {kind(node)}")
-    turns: list[Message] = []
+    said: list[Message] = []
     at = "prompt"
     while node is not None:
-        said = _text(node, "role", at=f"{at}.")
-        if said not in ("prompter", "assistant"):
-            raise RowError(f"{at}.role", f"unknown role {said!r}; expected prompter or assistant")
-        turns.append(Message(ROLES[said], _text(node, "text", at=f"{at}.")))
-        replies = _list(node.get("replies") or [], f"{at}.replies")
+        role = text(node, "role", at=f"{at}.")
+        if role not in ("prompter", "assistant"):
+            raise RowError(f"{at}.role", f"unknown role {role!r}; expected prompter or assistant")
+        said.append(Message(ROLES[role], text(node, "text", at=f"{at}.")))
+        replies = listed(node.get("replies") or [], f"{at}.replies")
         if any(not isinstance(reply, dict) for reply in replies):
             raise RowError(f"{at}.replies", "expected objects")
         replies = [reply for reply in replies if not reply.get("deleted")]
         node = min(replies, key=lambda reply: _rank(reply), default=None)
         at += ".replies[]"
-    if turns[-1].role == "user":
-        turns.pop()
-    check_turns(turns, "prompt")
-    return Example(tuple(turns))
+    if said[-1].role == "user":
+        said.pop()
+    check_order(said, "prompt")
+    return Example(tuple(said))
 
 
 def _rank(reply: dict[str, Any]) -> float:

@@ -29,7 +29,7 @@ from qlora_trainer.data.sources import Hub, OpenSource, open_source
 from qlora_trainer.data.trees import join_trees
 from qlora_trainer.errors import CheckpointError, DataError
 
-VERSION = 1  # of how rows are read and checked
+VERSION = 2  # of how rows are read and checked
 SHOWN = 5  # bad rows named in an error
 
 
@@ -240,8 +240,8 @@ class SourceReader:
 
     def _reader(self, row: Row, value: dict[str, Any]) -> formats.Reader:
         columns = dict(self.source.columns)
-        renamed = formats.rename(value, columns) if columns else value
-        formats.refuse_preference(renamed, row.where)
+        named = formats.named(value, columns)
+        formats.refuse_preference(named, row.where)
         if self.format == "auto":
-            self.format = formats.detect(renamed, row.where)
+            self.format = formats.detect(named, row.where)
         return formats.reader(self.format, columns)

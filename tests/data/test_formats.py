@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from typing import Any
 
 import pytest
@@ -95,6 +97,58 @@ def test_prompt_completion_of_messages_teaches_the_completion_only() -> None:
     assert weights == [0.0, 0.0, 0.0, None]
 
 
+def test_agents_may_speak_several_times_and_be_interrupted() -> None:
+    roles = ["system", "user", "assistant", "assistant", "tool", "tool", "user", "assistant"]
+    assert [turn.role for turn in read(turns(*roles)).messages] == roles
+
+
+def test_lists_may_be_json_text() -> None:
+    plain, _ = FORMATS["messages"]
+    shared, _ = FORMATS["sharegpt"]
+    for row in (
+        {"messages": json.dumps(plain["messages"])},
+        {"conversations": json.dumps(shared["conversations"])},
+        {"conversations": json.dumps(plain["messages"])},
+        {"instruction": "bye", "output": "so long", "history": '[["hi", "hello"]]'},
+    ):
+        assert [(turn.role, turn.content) for turn in read(row).messages] == TURNS
+
+
+def test_nan_is_pandas_word_for_nothing() -> None:
+    row = {"instruction": "hi", "input": math.nan, "output": "hello", "system": math.nan, "score": math.nan}
+    assert read(row) == read({"instruction": "hi", "output": "hello"})
+    with pytest.raises(RowError, match="output: expected text, found null"):
+        read({"instruction": "hi", "output": math.nan})
+
+
+def test_other_keys_of_a_turn_go_to_the_template_under_their_own_names() -> None:
+    kept = {"name": "ann", "mood": {"calm": False}, "rank": 0}
+    answer = {
+        "role": "assistant",
+        "content": "b",
+        "weight": 1,
+        "thinking": "hm",
+        "reasoning": None,
+        "labels": [],
+    }
+    first, second = read({"messages": [{"role": "user", "content": "a", **kept}, answer]}).messages
+    assert first.for_template() == {"role": "user", "content": "a", **kept}
+    assert second.for_template() == {"role": "assistant", "content": "b", "thinking": "hm"}
+
+
+def test_an_answer_may_be_a_thought_or_a_call_but_not_its_metadata() -> None:
+    def answer(**keys: Any) -> Example:
+        return read({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", **keys}]})
+
+    call = {"function": {"name": "f", "arguments": {}}}
+    for spoken in ({"thinking": "hm"}, {"tool_calls": [call]}, {"content": None, "reasoning": "hm"}):
+        example = answer(**spoken)
+        assert example.messages[1].content == "" and not example.empty
+    assert answer(content=" ", id="x7", name="bot").empty
+    with pytest.raises(RowError, match=r"messages\[1\].content: missing column"):
+        answer(name="bot")
+
+
 def test_columns_can_be_mapped() -> None:
     row = {"Q": "hi", "A": "hello", "label": 0}
     with pytest.raises(DataError, match=r"Q, A, label.*data\.columns"):
@@ -140,8 +194,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "unknown role": (turns("user", "robot"), r"messages\[1\].role: unknown role 'robot'"),
     "role as number": ({"messages": [{"role": 1, "content": "a"}]}, r"messages\[0\].role: expected text"),
     "empty": ({"messages": []}, "messages: empty conversation"),
-    "twice user": (turns("user", "user"), r"messages\[1\]: user turn after user; expected assistant"),
-    "twice assistant": (turns("user", "assistant", "assistant"), "assistant turn after assistant"),
+    "twice user": (turns("user", "user"), r"messages\[1\]: user turn after user; .*join the two"),
+    "tool first": (turns("user", "tool"), "tool turn after user; expected assistant"),
     "assistant first": (turns("assistant", "user"), "assistant turn first; expected system or user"),
     "late system": (turns("user", "assistant", "system"), "system turn after assistant"),
     "user last": (turns("user", "assistant", "user"), "ends with a user turn"),
@@ -162,6 +216,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "history": (
         {"instruction": "a", "output": "b", "history": [["x"]]},
         r"history\[0\]: expected \[question, answer\]",
+    ),
+    "repr of turns": (
+        {"messages": "[{'role': 'user'}]"},
+        "messages: .*Python's repr; write it with json.dumps",
+    ),
+    "surrogate in an extra": (
+        {"messages": [{"role": "user", "content": "a", "name": "\ud83d"}]},
+        r"messages\[0\].name: half of a surrogate pair",
     ),
     "tree role": ({"prompt": {"role": "x", "text": "a", "replies": []}}, "prompt.role: unknown role 'x'"),
     "tree alone": (
