@@ -26,7 +26,7 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data import TokenizedData
 from qlora_trainer.data.screen import NOTES, REASONS
 from qlora_trainer.errors import ConfigError
-from qlora_trainer.export.fingerprint import base_fingerprint
+from qlora_trainer.model.fingerprint import base_fingerprint
 from qlora_trainer.model.forward import ReferenceForward
 from qlora_trainer.model.fuse import fuse
 from qlora_trainer.model.fused.decoder import FusedForward

@@ -27,9 +27,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from qlora_trainer.checkpoint.disk import publish_folder
 from qlora_trainer.export.card import Card, licence_files, licence_of, render
-from qlora_trainer.export.fingerprint import base_fingerprint
 from qlora_trainer.inference.load import TRAINED_WITH, dtype_name
 from qlora_trainer.inference.stop import pad_id, stop_ids
+from qlora_trainer.model.fingerprint import base_fingerprint
 from qlora_trainer.model.load import BaseOptions
 from qlora_trainer.model.residual import adapter_settings, published_tensors
 from qlora_trainer.model.source import resolve

@@ -17,8 +17,6 @@ import torch
 from bitsandbytes.nn import Linear8bitLt
 from torch import Tensor
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -27,8 +25,9 @@ from transformers.integrations import replace_with_bnb_linear
 from transformers.quantizers.base import HfQuantizer
 
 from qlora_trainer.errors import ConfigError, MissingInputError
-from qlora_trainer.export.fingerprint import model_folder
-from qlora_trainer.model.shards import ShardReader
+from qlora_trainer.model.shards import ShardReader, open_files
+from qlora_trainer.model.skeleton import read_configuration, skeleton, stored_method
+from qlora_trainer.model.source import folder_of, weight_files
 
 BLOCK = 64  # weights per 4-bit block: bitsandbytes' default, which transformers leaves as it is
 IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")  # buffers of old checkpoints, made anew
@@ -64,19 +63,9 @@ class Held:
         return bnb.dequantize_4bit(codes, state).float()
 
 
-def stored_method(config: PretrainedConfig) -> str | None:
-    """How a checkpoint says that it is quantized: bitsandbytes | gptq | awq | …; None for plain weights."""
-    stored = getattr(config, "quantization_config", None)
-    if stored is None:
-        return None
-    stored = stored if isinstance(stored, dict) else stored.to_dict()
-    method = stored.get("quant_method", "bitsandbytes")
-    return str(getattr(method, "value", method))
-
-
 def is_quantized(source: str, revision: str | None) -> bool:
     """Whether the base is stored quantized, so that loading it must not quantize again."""
-    return stored_method(AutoConfig.from_pretrained(source, revision=revision)) is not None
+    return stored_method(read_configuration(source, revision)) is not None
 
 
 class Base:
@@ -88,20 +77,22 @@ class Base:
 
     Raises:
         MissingInputError: no safetensors there.
+        CheckpointError: they are damaged or not those that the index names.
         ConfigError: a checkpoint that is already quantized in a way that is not undone here.
     """
 
     def __init__(self, source: str, revision: str | None, held: Held | None, device: torch.device) -> None:
         self.source, self.held, self.device = source, held, device
-        self.folder = model_folder(source, revision)
-        self.shards = sorted(self.folder.glob("*.safetensors"))
-        if not self.shards:
+        self.folder = folder_of(source, revision)
+        files = weight_files(source, revision)
+        if files is None:
             raise MissingInputError(
                 f"{source}: no .safetensors files; pickled weights are not read here, convert the model first"
             )
-        self.config: PretrainedConfig = AutoConfig.from_pretrained(self.folder)
+        self.readers = open_files(files)
+        self.config: PretrainedConfig = read_configuration(str(self.folder))
         stored = stored_method(self.config)
-        if stored not in (None, "bitsandbytes"):
+        if stored not in (None, "nf4", "fp4", "int8"):
             raise ConfigError(
                 f"{source} is stored as {stored}: nothing can be merged into it; "
                 "use export.format=[adapter], or train on the 16-bit weights"
@@ -170,8 +161,7 @@ class Base:
         stored = self.config.dtype
         if isinstance(stored, torch.dtype):
             return stored
-        reader = ShardReader(self.shards[0])
-        return max(reader.slots.values(), key=lambda slot: slot.nbytes).dtype
+        return max(self.readers[0].slots.values(), key=lambda slot: slot.nbytes).dtype
 
     def _stored_value(self, reader: ShardReader, key: str, raw: Tensor) -> Tensor:
         if raw.dtype == torch.int8:
@@ -213,12 +203,10 @@ class Base:
 
     def _skeleton(self) -> PreTrainedModel:
         """The model's modules and names, without memory."""
-        config = AutoConfig.from_pretrained(self.folder)
+        config = read_configuration(str(self.folder))
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-        return model
+        return skeleton(config)
 
 
 def _constant_of(key: str, reader: ShardReader) -> str | None:

@@ -23,11 +23,12 @@ from qlora_trainer.export.adapter import write_json
 from qlora_trainer.export.base import Base, Held
 from qlora_trainer.export.card import Card, licence_files, licence_of, render
 from qlora_trainer.export.delta import WEIGHTS, Updates, read_updates
-from qlora_trainer.export.fingerprint import base_fingerprint, sha256, size_on_disk
+from qlora_trainer.export.fingerprint import sha256, size_on_disk
 from qlora_trainer.export.merge import Merge, Progress
 from qlora_trainer.export.quantize import METHODS, QuantizeOptions, quantize
 from qlora_trainer.export.shards import narrow
 from qlora_trainer.inference.load import read_json
+from qlora_trainer.model.fingerprint import base_fingerprint
 
 FORMATS = ("adapter", "merged", "gptq", "awq", "rtn", "int8", "nf4", "gguf")
 RECIPE = "export.json"

@@ -197,6 +197,8 @@ def _add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size
     for token, i in model["model"]["vocab"].items():
         tokens[i], types[i] = token, TokenType.NORMAL
     for added in model["added_tokens"]:
+        if added["id"] >= size:
+            continue  # the embedding has no row for it, and no text of the training data holds it
         tokens[added["id"]] = added["content"]
         types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
     writer.add_tokenizer_model("gpt2")
@@ -207,7 +209,7 @@ def _add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
     for kind in ("bos", "eos", "unk", "pad"):
         token_id = getattr(tokenizer, f"{kind}_token_id")
-        if token_id is not None:
+        if token_id is not None and token_id < size:
             getattr(writer, f"add_{kind}_token_id")(token_id)
     writer.add_add_bos_token(False)  # the chat template writes it where the model wants one
     if tokenizer.chat_template:

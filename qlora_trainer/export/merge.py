@@ -20,6 +20,7 @@ from qlora_trainer.errors import CheckpointError, ConfigError
 from qlora_trainer.export.base import Base
 from qlora_trainer.export.delta import Updates
 from qlora_trainer.export.shards import ShardWriter, write_index
+from qlora_trainer.model.files import SINGLE
 from qlora_trainer.model.shards import ShardReader
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -62,14 +63,14 @@ class Merge:
         updates.check(base.parameters, base.embeddings, base.source)
         untied = any(updates.touches(name) for pair in base.tied.items() for name in pair)
         pieces: list[Piece] = []
-        for shard in base.shards:
-            for stored, parameter in base.contents(ShardReader(shard)):
+        for reader in base.readers:
+            for stored, parameter in base.contents(reader):
                 if parameter in base.tied:
                     continue  # a copy of what is shared; written below where it has become its own
-                pieces.append(_piece(shard, stored, parameter, stored, base, updates))
+                pieces.append(_piece(reader.path, stored, parameter, stored, base, updates))
                 for twin, same in base.tied.items():
                     if untied and same == parameter:
-                        pieces.append(_piece(shard, stored, twin, twin, base, updates))
+                        pieces.append(_piece(reader.path, stored, twin, twin, base, updates))
         merge = cls(base, updates, dtype or base.dtype(), untied, tuple(pieces))
         merge._check_complete()
         return merge
@@ -93,10 +94,12 @@ class Merge:
 
     def by_shard(self) -> Iterator[tuple[str, ShardReader, list[Piece]]]:
         """File name, its reader and what to write into the file of that name."""
-        for shard in self.base.shards:
-            pieces = [piece for piece in self.pieces if piece.shard == shard]
-            if pieces:
-                yield shard.name, ShardReader(shard), pieces
+        shares = [
+            (reader, [p for p in self.pieces if p.shard == reader.path]) for reader in self.base.readers
+        ]
+        shares = [(reader, pieces) for reader, pieces in shares if pieces]
+        for reader, pieces in shares:  # one file alone is found by its name, several by their index
+            yield reader.path.name if len(shares) > 1 else SINGLE, reader, pieces
 
     def write(self, folder: Path, progress: Progress | None = None) -> None:
         """Weights, index and config of the merged model into an existing folder."""

@@ -16,9 +16,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from qlora_trainer.model.files import INDEX
 from qlora_trainer.model.shards import NAMES, ShardReader
-
-INDEX = "model.safetensors.index.json"
 
 
 class ShardWriter:

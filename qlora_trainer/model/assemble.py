@@ -29,7 +29,9 @@ from transformers import (
 )
 
 from qlora_trainer.errors import CheckpointError, MissingInputError
+from qlora_trainer.model.files import KEY
 from qlora_trainer.model.shards import release_freed, stored_tensors
+from qlora_trainer.model.skeleton import first_line, skeleton
 from qlora_trainer.model.source import weight_files
 
 
@@ -82,11 +84,10 @@ def assemble(
                 **arguments,
             )
             return model
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        model, found = type(skeleton).from_pretrained(
+        described = skeleton(config, dtype)
+        model, found = type(described).from_pretrained(
             None,
-            config=skeleton.config,
+            config=described.config,
             state_dict=stored_tensors(files, device),
             generation_config=_generation_config(source, revision),
             ignore_mismatched_sizes=True,  # said below, in one line
@@ -94,20 +95,18 @@ def assemble(
             **arguments,
         )
     except CheckpointError as error:
-        raise MissingInputError(f"model.model_name_or_path: {error}") from error
+        raise MissingInputError(f"{KEY}: {error}") from error
     except (OSError, ValueError, ImportError) as error:
-        raise MissingInputError(
-            f"model.model_name_or_path: cannot load {source}: {first_line(error)}"
-        ) from error
+        raise MissingInputError(f"{KEY}: cannot load {source}: {first_line(error)}") from error
     release_freed()
-    _check_loaded(model, skeleton, found, source, say)
+    _check_loaded(model, described, found, source, say)
     model.config.name_or_path = model.name_or_path = source
     return model
 
 
 def _check_loaded(
     model: PreTrainedModel,
-    skeleton: PreTrainedModel,
+    described: PreTrainedModel,
     found: dict[str, Any],
     source: str,
     say: Callable[[str], None],
@@ -116,12 +115,12 @@ def _check_loaded(
 
     transformers fills what is missing with random numbers, and takes quantized weights of any shape.
     """
-    what = f"model.model_name_or_path: the weights in {source} are not those of its config.json"
+    what = f"{KEY}: the weights in {source} are not those of its config.json"
     missing = sorted(found["missing_keys"])
     if missing:
         more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise MissingInputError(f"{what}: {missing[0]} is missing{more}; copy the folder again")
-    expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in described.state_dict().items()}
     shapes = {name: tuple(shape) for name, shape, _ in found["mismatched_keys"]}
     for name, module in model.named_modules():
         weight = f"{name}.weight"
@@ -151,7 +150,3 @@ def _generation_config(source: str, revision: str | None) -> GenerationConfig | 
         return GenerationConfig.from_pretrained(source, revision=revision)
     except OSError:
         return None
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

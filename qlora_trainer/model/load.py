@@ -7,18 +7,16 @@ How the weights get there, and how little memory it takes, is `assemble`'s.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     AwqConfig,
     BitsAndBytesConfig,
@@ -28,9 +26,11 @@ from transformers import (
 )
 
 from qlora_trainer.errors import CheckpointError, ConfigError, MissingInputError
-from qlora_trainer.model.assemble import assemble, first_line, to_stderr
+from qlora_trainer.model.assemble import assemble, to_stderr
 from qlora_trainer.model.cache import KeptBase
+from qlora_trainer.model.files import KEY, strays
 from qlora_trainer.model.shards import stored_tensors
+from qlora_trainer.model.skeleton import first_line, read_configuration, stored_method
 from qlora_trainer.model.source import resolve, weight_files
 from qlora_trainer.track.quiet import quiet_gptqmodel
 
@@ -100,13 +100,12 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
         MissingInputError: the folder or hub model carries none that transformers can read.
     """
     source = resolve(name_or_path, revision)
-    with _config_errors(source):
-        try:
-            return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise MissingInputError(
-                f"model.model_name_or_path: no tokenizer can be read from {source}: {first_line(error)}"
-            ) from error
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except Exception as error:  # what `tokenizers` raises for a broken file is of no narrower class
+        raise MissingInputError(
+            f"{KEY}: no tokenizer can be read from {source}: {first_line(error)}"
+        ) from error
 
 
 def load_base(
@@ -125,15 +124,9 @@ def load_base(
     if options.method in ("gptq", "awq", "none"):  # where PEFT or transformers import it, if it is there
         quiet_gptqmodel()
     source = resolve(options.name_or_path, options.revision)
-    with _config_errors(source):
-        try:
-            config = AutoConfig.from_pretrained(
-                source, revision=options.revision, trust_remote_code=options.trust_remote_code
-            )
-        except (OSError, ValueError) as error:
-            raise MissingInputError(
-                f"model.model_name_or_path: no model can be read from {source}: {first_line(error)}"
-            ) from error
+    config = read_configuration(source, options.revision, options.trust_remote_code, say)
+    if Path(source).is_dir() and (beside := strays(Path(source))):
+        say(f"{source}: {', '.join(beside)} beside the model's own weights: not read")
     quantization = _quantization_config(options, config)
     read = partial(
         assemble, device=device, dtype=options.dtype, attn_implementation=options.attn_implementation, say=say
@@ -142,7 +135,7 @@ def load_base(
     found = kept is not None and kept.ready()
     if kept is not None and found:
         try:
-            model = read(str(kept.folder), AutoConfig.from_pretrained(kept.folder))
+            model = read(str(kept.folder), read_configuration(str(kept.folder)))
             model.config.name_or_path = model.name_or_path = source
             say(f"quantized before and kept: read from {kept.root}")
             return _settled(model, options, device)
@@ -165,17 +158,6 @@ def load_base(
     return model
 
 
-@contextmanager
-def _config_errors(source: str) -> Iterator[None]:
-    """Turns what transformers' configurations say of their own fields into one line."""
-    try:
-        yield
-    except StrictDataclassError as error:
-        raise MissingInputError(
-            f"model.model_name_or_path: the config.json of {source}: {first_line(error.__cause__ or error)}"
-        ) from error
-
-
 def _place_to_keep(
     source: str, quantization: Any, options: BaseOptions, device: torch.device, say: Callable[[str], None]
 ) -> KeptBase | None:
@@ -191,7 +173,7 @@ def _place_to_keep(
     try:
         stored_tensors(files, device)  # whose headers it reads: a damaged file is found before its digest
     except CheckpointError as error:
-        raise MissingInputError(f"model.model_name_or_path: {error}") from error
+        raise MissingInputError(f"{KEY}: {error}") from error
     return KeptBase.of(source, files, quantization, options.dtype, device)
 
 
@@ -229,9 +211,9 @@ def keep_unpacked(model: nn.Module) -> None:
 def _quantization_config(
     options: BaseOptions, config: Any
 ) -> BitsAndBytesConfig | GPTQConfig | AwqConfig | None:
-    stored = getattr(config, "quantization_config", None)
-    if stored is not None:
-        found = _stored_method(stored)
+    found = stored_method(config)
+    if found is not None:
+        stored = config.quantization_config
         if found != options.method:
             raise ConfigError(
                 f"quantization.method={options.method}, but {options.name_or_path} is already stored as "
@@ -257,12 +239,3 @@ def _quantization_config(
         f"quantization.method={options.method} needs a checkpoint that is already stored that way; "
         f"{options.name_or_path} holds plain weights: use nf4, fp4, int8 or none"
     )
-
-
-def _stored_method(stored: Any) -> str:
-    """The name in `quantization.method` of the `quantization_config` inside a checkpoint."""
-    get = stored.get if isinstance(stored, dict) else lambda key, default=None: getattr(stored, key, default)
-    method = str(getattr(get("quant_method"), "value", get("quant_method")))
-    if method == "bitsandbytes" or get("load_in_4bit") or get("load_in_8bit"):
-        return "int8" if get("load_in_8bit") else str(get("bnb_4bit_quant_type", "fp4"))
-    return method

@@ -153,17 +153,18 @@ class StoredTensor:
         return self.reader.read(self.name, self.device)
 
 
-def stored_tensors(files: Mapping[Path, Sequence[str]], device: torch.device) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint's files, unread.
+def open_files(files: Mapping[Path, Sequence[str]]) -> list[ShardReader]:
+    """A reader for each of a checkpoint's files, in their order; only headers are read.
 
     Args:
         files: each file and the tensors that an index says it holds, if there is one.
-        device: where they are read to.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or lacks a tensor that the index names.
+        CheckpointError: a file is missing or damaged, lacks a tensor that the index names, or holds one
+            that another holds too.
     """
-    tensors: dict[str, StoredTensor] = {}
+    readers: list[ShardReader] = []
+    holder: dict[str, Path] = {}
     for path, named in files.items():
         if not path.is_file():
             raise CheckpointError(f"{path}: the index names this file and it is not there; copy it again")
@@ -175,8 +176,24 @@ def stored_tensors(files: Mapping[Path, Sequence[str]], device: torch.device) ->
                 f"{f' and {len(absent) - 1} more' if len(absent) > 1 else ''}, which it does not hold; "
                 "copy the shards and their index again"
             )
-        tensors |= {name: StoredTensor(reader, name, device) for name in reader.slots}
-    return tensors
+        for name in reader.slots:
+            if name in holder:
+                raise CheckpointError(
+                    f"{path}: {name} is in it and in {holder[name].name}, and which of the two is meant "
+                    "cannot be known; copy the shards and their index again"
+                )
+            holder[name] = path
+        readers.append(reader)
+    return readers
+
+
+def stored_tensors(files: Mapping[Path, Sequence[str]], device: torch.device) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint's files, unread; see `open_files`.
+
+    Args:
+        device: where they are read to.
+    """
+    return {name: StoredTensor(reader, name, device) for reader in open_files(files) for name in reader.slots}
 
 
 def sample(path: Path, digest: hashlib._Hash) -> None:

@@ -2,40 +2,48 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qlora_trainer.errors import MissingInputError
+from qlora_trainer.model.files import (
+    CONFIG,
+    INDEX,
+    KEY,
+    SINGLE,
+    read_config_file,
+    read_index,
+    refuse_links_out,
+    weights_in,
+)
 
 BUILTIN = "builtin:"
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # as save_pretrained names them
 
 
 def resolve(name_or_path: str, revision: str | None = None) -> str:
-    """Returns what transformers' `from_pretrained` takes: a folder, or a hub name that is reachable.
+    """Returns what transformers' `from_pretrained` takes: a folder's absolute path, or a reachable hub name.
 
     Raises:
-        MissingInputError: the folder does not exist or is not a model; the hub has no such model
-            or cannot be reached and the model is not in the local cache.
+        MissingInputError: the folder does not exist or is not a model, or `files` refuses what is in it;
+            the hub has no such model or cannot be reached and the model is not in the local cache.
     """
     if name_or_path.startswith(BUILTIN):
         from qlora_trainer.model import builtin
 
         return str(builtin.resolve(name_or_path))
-    folder = Path(name_or_path).expanduser()
+    folder = Path(name_or_path).expanduser().absolute()  # what is recorded must hold from any working folder
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise MissingInputError(
-                f"model.model_name_or_path: {folder} is not a model folder (no config.json in it)"
-            )
+        if not (folder / CONFIG).is_file():
+            raise MissingInputError(f"{KEY}: {folder} is not a model folder (no {CONFIG} in it)")
+        refuse_links_out(folder)
+        read_config_file(folder / CONFIG)
         return str(folder)
     # A hub name is `name` or `owner/name`; anything else that is not there was meant as a path.
     if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1 or folder.exists():
-        raise MissingInputError(f"model.model_name_or_path: no model folder at {folder}")
-    _hub_file(name_or_path, "config.json", revision)
+        raise MissingInputError(f"{KEY}: no model folder at {folder}")
+    read_config_file(Path(_hub_file(name_or_path, CONFIG, revision)))
     return name_or_path
 
 
@@ -45,19 +53,21 @@ def read_config(name_or_path: str, revision: str | None = None) -> dict[str, Any
     Raises:
         MissingInputError: as `resolve`; or the file is not JSON.
     """
-    source = resolve(name_or_path, revision)
-    path = Path(source) / "config.json"
-    if not path.is_file():
-        path = Path(_hub_file(source, "config.json", revision))
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise MissingInputError(f"model.model_name_or_path: {path} is not JSON: {error}") from error
-    return config
+    return read_config_file(folder_of(resolve(name_or_path, revision), revision) / CONFIG)
+
+
+def folder_of(source: str, revision: str | None = None) -> Path:
+    """The folder of a resolved model, which for one of the hub is in the hub's cache.
+
+    Raises:
+        MissingInputError: as `resolve`.
+    """
+    folder = Path(source)
+    return folder if folder.is_dir() else Path(_hub_file(source, CONFIG, revision)).parent
 
 
 def weight_files(source: str, revision: str | None = None) -> dict[Path, list[str]] | None:
-    """The safetensors files of a resolved model and the tensors that its index names in each.
+    """The weight files of a resolved model, as `files.weights_in` lists them.
 
     Those of a hub model are downloaded unless the local cache has them. None: the hub has it in no
     such form (transformers may know another).
@@ -71,27 +81,13 @@ def weight_files(source: str, revision: str | None = None) -> dict[Path, list[st
         if found is None:
             return None
         folder = found
-    if (folder / SINGLE).is_file():
-        return {folder / SINGLE: []}
-    if not (folder / INDEX).is_file():
+    files = weights_in(folder)
+    if not files:
         raise MissingInputError(
-            f"model.model_name_or_path: {folder} has neither {SINGLE} nor {INDEX} and the shards it names; "
+            f"{KEY}: {folder} has neither {SINGLE} nor {INDEX} and the shards it names; "
             "pickled weights are never read"
         )
-    files: dict[Path, list[str]] = {}
-    for name, file in _read_index(folder / INDEX).items():
-        files.setdefault(folder / file, []).append(name)
-    return dict(sorted(files.items()))
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """Tensor -> file, as an index has it."""
-    try:
-        return {str(name): str(file) for name, file in json.loads(path.read_bytes())["weight_map"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise MissingInputError(
-            f"model.model_name_or_path: {path}: not an index of shards ({error}); copy it again"
-        ) from error
+    return files
 
 
 def _hub_weights(name: str, revision: str | None) -> Path | None:
@@ -108,7 +104,7 @@ def _hub_weights(name: str, revision: str | None) -> Path | None:
                 continue
             raise
         if filename == INDEX:
-            shards = sorted(set(_read_index(path).values()))
+            shards = sorted(set(read_index(path).values()))
             with _hub_errors(name, revision, "*.safetensors"):
                 snapshot_download(name, revision=revision, allow_patterns=shards)
         return path.parent
@@ -136,7 +132,7 @@ def _hub_errors(name: str, revision: str | None, filename: str) -> Iterator[None
         RevisionNotFoundError,
     )
 
-    where = f"model.model_name_or_path: {name}"
+    where = f"{KEY}: {name}"
     try:
         yield
     except GatedRepoError as error:

@@ -6,12 +6,12 @@ transformers does not know the architecture, so that the plan states a wider mar
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.model.files import weights_in
 from qlora_trainer.plan.shapes import Linear, ModelShape, from_config, layer_of
 
 
@@ -26,9 +26,11 @@ def shape_of(config: Mapping[str, Any], folder: Path) -> ModelShape:
         return from_config(config)
     except KeyError:  # transformers has no such model_type
         pass
-    files = sorted(folder.glob("*.safetensors"))
-    if files:
-        return from_tensors({k: v for file in files for k, v in header_shapes(file).items()}, config)
+    if folder.is_dir() and (files := weights_in(folder)):
+        from qlora_trainer.model.shards import open_files
+
+        slots = {name: slot for reader in open_files(files) for name, slot in reader.slots.items()}
+        return from_tensors({name: slot.shape for name, slot in slots.items()}, config)
     return from_tensors(_as_llama(folder, config), config)
 
 
@@ -121,11 +123,3 @@ def _as_llama(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[int, .
     if not text.get("tie_word_embeddings"):
         tensors["lm_head.weight"] = (vocab, hidden)
     return tensors
-
-
-def header_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in a safetensors file; reads its header only."""
-    with file.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        header = json.loads(handle.read(length))
-    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}

@@ -106,21 +106,23 @@ def from_config(config: Mapping[str, Any]) -> ModelShape:
     Raises:
         KeyError: transformers does not know its `model_type`.
         ConfigError: it does, and that is no causal language model.
+        MissingInputError: a field is not what transformers takes.
     """
-    import torch
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from qlora_trainer.model.skeleton import config_errors, skeleton
 
     plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
-    known = CONFIG_MAPPING[plain.pop("model_type")].from_dict(plain)
+    kind = CONFIG_MAPPING[plain.pop("model_type")]
+    with config_errors(kind.model_type):
+        known = kind.from_dict(plain)
     text = known.get_text_config(decoder=True)
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConfigError(
             f"model.model_name_or_path: transformers has no causal language model of type {text.model_type}, "
             "and only those are trained here"
         )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(text)
-    return from_model(model)
+    return from_model(skeleton(text))
 
 
 def from_model(model: PreTrainedModel) -> ModelShape:

@@ -1,6 +1,7 @@
 """The merged model is the model that was trained: same logits, whatever was trained and however."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -233,3 +234,38 @@ def test_a_broken_adapter_file_is_named(tmp_path):
 def load_file_of(raw, path):
     path.write_bytes(raw)
     return load_file(path)
+
+
+@pytest.mark.parametrize("beside", ["stale shard", "single file", "consolidated", "adapter"])
+def test_files_beside_the_bases_own_change_nothing_of_what_is_merged(tmp_path, beside):
+    run = runs.make(tmp_path)
+    if beside != "single file":
+        model = AutoModelForCausalLM.from_pretrained(run.base)
+        (run.base / "model.safetensors").unlink()
+        model.save_pretrained(run.base, max_shard_size="200KB")
+    merged(run, tmp_path / "expected")
+    first, *_ = sorted(run.base.glob("*.safetensors"))
+    tensors = {name: tensor * 0 for name, tensor in load_file(first).items()}
+    if beside == "single file":  # shards of an older save without their index
+        save_file(tensors, run.base / "model-00001-of-00002.safetensors")
+    elif beside == "stale shard":
+        save_file(tensors, run.base / "model-00009-of-00009.safetensors")
+    elif beside == "consolidated":
+        save_file({"tok_embeddings.weight": torch.zeros(8, 8)}, run.base / "consolidated.safetensors")
+    else:
+        shutil.copy(run.adapter / "adapter_model.safetensors", run.base)
+    merged(run, tmp_path / "found")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "found").iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "expected").iterdir()
+    }
+
+
+def test_a_base_of_one_shard_becomes_one_file_that_is_found_by_its_name(tmp_path):
+    run = runs.make(tmp_path)
+    shard = run.base / "model-00001-of-00001.safetensors"
+    (run.base / "model.safetensors").rename(shard)
+    names = dict.fromkeys(load_file(shard), shard.name)
+    (run.base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    found = merged(run, tmp_path / "merged")
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    assert torch.allclose(logits(found), logits(run.model), atol=0.05)
