@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from qlora_trainer.errors import ConfigError
-from qlora_trainer.kernels import pick
+from qlora_trainer.kernels import Operations, pick
 
 from .forward import ReferenceForward
+from .fused.bind import bind, bind_norm
 from .fused.decoder import FusedForward, ModuleLayer
+from .fused.describe import describe_model, layer_type_of, window_of
 from .fused.graph import GraphedMicroStep
 from .fused.head import FusedHead, ModuleHead
 from .fused.keep import ON_HOST, POLICIES, RECOMPUTED, HostStore
@@ -26,7 +28,9 @@ from .fused.layer import FusedLayer
 from .fused.parts import LayerParts
 from .fused.projection import Projection, Workspace
 from .fused.projection_fp8 import Fp8Projection
-from .fused.recognise import FAMILIES, Declined, Rotary, layer_type_of, norm_of, recognise, window_of
+from .fused.rotary import Rotary
+from .fused.spec import Declined, HeadSpec, drawn_together
+from .layers import causal_of
 
 __all__ = ["FuseReport", "GraphedMicroStep", "fuse"]
 
@@ -48,21 +52,7 @@ class FuseReport:
 
     def lines(self) -> list[str]:
         """For the log: equal lines of neighbouring layers are drawn together."""
-        result, last, first, previous = [f"kernels: {self.kernels}"], "", "", ""
-        for name, line in [*self.modules.items(), ("", "")]:
-            if line != last:
-                if last:
-                    result.append(
-                        f"{first}: {last}" if first == previous else f"{first} … {previous}: {last}"
-                    )
-                first, last = name, line
-            previous = name
-        return result
-
-
-def _causal(model: Any) -> Any:
-    """The causal LM under PEFT's wrappers."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+        return [f"kernels: {self.kernels}", *drawn_together(self.modules)]
 
 
 def _policies(activations: str | Sequence[str], n: int) -> list[str]:
@@ -100,22 +90,16 @@ def fuse(
     Raises:
         ConfigError: a policy or a precision this machine or model cannot follow.
     """
-    causal = _causal(model)
-    config = causal.config
+    causal: Any = causal_of(model)
+    spec = describe_model(model)
     embed = causal.get_input_embeddings()
     device, dtype = embed.weight.device, embed.weight.dtype
     operations, reason = pick(device)
-    report = FuseReport(kernels=reason)
-    if config.model_type not in FAMILIES:
-        report.fused = False
-        report.modules["model"] = (
-            f"reference: model type {config.model_type} is not one of the fast path's families"
-        )
-        return ReferenceForward(model), report
+    if spec.declined is not None:
+        return ReferenceForward(model), FuseReport(reason, spec.modules(str), fused=False)
 
     decoder = causal.model
-    modules: list[Any] = list(decoder.layers)
-    policies = _policies(activations, len(modules))
+    policies = _policies(activations, len(spec.layers))
     workspace = Workspace(device, dtype)
     if base_gemm not in ("bf16", "fp8"):
         raise ConfigError(f"train.base_gemm={base_gemm!r}: give bf16 or fp8")
@@ -127,30 +111,31 @@ def fuse(
     layers: list[FusedLayer | ModuleLayer] = []
     parts_of: list[LayerParts] = []
     layer_types: list[str | None] = []
-    for i, (module, policy) in enumerate(zip(modules, policies, strict=True)):
-        name = f"layers.{i}"
-        try:
-            parts = recognise(module, name, config, operations, workspace, make)
-        except Declined as why:
+    for i, (described, policy) in enumerate(zip(spec.layers, policies, strict=True)):
+        module: Any = decoder.layers[i]
+        if isinstance(described, Declined):
             layer_type = layer_type_of(module, module.self_attn)
             recompute = policy in (*RECOMPUTED, *ON_HOST)
-            layers.append(ModuleLayer(module, layer_type, window_of(module.self_attn, config), recompute))
+            window = window_of(module.self_attn, causal.config)
+            layers.append(ModuleLayer(module, layer_type, window, recompute))
             layer_types.append(layer_type)
-            report.modules[name] = f"reference: {why}"
             continue
+        parts = bind(described, module, f"layers.{i}", operations, workspace, make)
         layers.append(FusedLayer(i, parts, operations, policy, host, mlp_rows))
         parts_of.append(parts)
         layer_types.append(parts.layer_type)
-        report.modules[name] = f"fused, activations {policy}" + (
-            " (kept where they are: no GPU)" if policy in ON_HOST and host is None else ""
-        )
+
+    def fused(i: int) -> str:
+        where = " (kept where they are: no GPU)" if policies[i] in ON_HOST and host is None else ""
+        return f"fused, activations {policies[i]}{where}"
+
+    report = FuseReport(reason, spec.modules(fused), activations=policies)
     everything = base_gemm == "fp8" or (device.type == "cpu" and resident_bytes is None)
     report.resident_bytes = _make_resident(parts_of, float("inf") if everything else resident_bytes or 0)
     report.workspace_bytes = workspace.nbytes
-    report.activations = policies
     border = parts_of[-1].down.border if parts_of else 0
     chunk = logits_bytes or (512 << 20 if device.type == "cuda" else 64 << 20)
-    head = _head(causal, decoder, operations, chunk, border, report)
+    head = _head(causal, spec.head, operations, chunk, border)
     on_host = _embeddings_on_host(causal, embed, embeddings, report)
     rotary = Rotary(decoder.rotary_emb, layer_types)
     return FusedForward(device, workspace, embed, on_host, rotary, layers, head, host), report
@@ -170,21 +155,14 @@ def _make_resident(parts_of: list[LayerParts], left: float) -> int:
 
 
 def _head(
-    causal: Any, decoder: Any, operations: Any, chunk: int, border: int, report: FuseReport
+    causal: Any, spec: HeadSpec | Declined, operations: Operations, chunk: int, border: int
 ) -> FusedHead | ModuleHead:
-    lm_head = causal.get_output_embeddings()
-    softcap = getattr(causal.config, "final_logit_softcapping", None)
-    try:
-        if type(lm_head) is not nn.Linear or getattr(lm_head, "bias", None) is not None:
-            raise Declined(f"it is a {type(lm_head).__name__}")
-        if lm_head.weight.requires_grad:
-            raise Declined("it is trained")
-        norm = norm_of(decoder.norm)
-    except Declined as why:
-        report.modules["lm_head"] = f"reference in chunks: {why}"
-        return ModuleHead(decoder.norm, lm_head, softcap, causal.config.vocab_size, chunk)
-    report.modules["lm_head"] = "fused: norm, logits and cross-entropy of supervised positions in chunks"
-    return FusedHead(norm, lm_head.weight.detach(), softcap, operations, chunk, border)
+    head = causal.get_output_embeddings()
+    if isinstance(spec, Declined):
+        softcap = getattr(causal.config, "final_logit_softcapping", None)
+        return ModuleHead(causal.model.norm, head, softcap, causal.config.vocab_size, chunk)
+    norm = bind_norm(spec.norm, causal.model)
+    return FusedHead(norm, head.weight.detach(), spec.softcap, operations, chunk, border)
 
 
 def _embeddings_on_host(causal: Any, embed: Any, where: str, report: FuseReport) -> Tensor | None:

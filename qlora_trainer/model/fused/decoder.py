@@ -1,7 +1,7 @@
 """The whole model as one callable: embedding, decoder layers, head.
 
 Comes in: a `Batch`. Goes out: the sum over positions of loss_weights * cross-entropy, a float32
-scalar, differentiable in the adapters. Layers that were not recognised run as the modules they are.
+scalar, differentiable in the adapters. Layers that the fast path declines run as the modules they are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .inputs import Buckets, Inputs, busy_tokens, prepare
 from .keep import HostStore
 from .layer import Call, FusedLayer
 from .projection import Workspace
-from .recognise import Rotary
+from .rotary import Rotary
 
 
 class ModuleLayer:

@@ -1,4 +1,4 @@
-"""What a decoder layer is made of, once its modules are recognised."""
+"""What a decoder layer computes with: the description of `spec`, bound to its weights."""
 
 from __future__ import annotations
 
