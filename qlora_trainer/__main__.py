@@ -19,8 +19,8 @@ from difflib import get_close_matches
 
 from qlora_trainer import __version__, commands
 from qlora_trainer.errors import ConfigError, QLoRAError
+from qlora_trainer.system.redact import masked_output
 from qlora_trainer.track.quiet import quiet_libraries
-from qlora_trainer.track.redact import masked_output
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
@@ -213,10 +213,15 @@ def _rank() -> int:
 
 
 def _say(text: str, verbose: bool) -> None:
+    from qlora_trainer.system.terminal import printable  # it imports rich
+
     if verbose:
-        traceback.print_exc()
+        print(printable(traceback.format_exc()), end="", file=sys.stderr)
     rank = f"[rank {_rank()}] " if _rank() else ""
-    print(f"{rank}error: {text}", file=sys.stderr, flush=True)
+    first, *more = printable(text).split("\n")
+    # Indented, so that a name with a line break in it begins no line of the log.
+    rest = "".join(f"\n{line}" if line.startswith("  ") else f"\n  {line}" for line in more)
+    print(f"{rank}error: {first}{rest}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from typing import IO, Any
 from safetensors import SafetensorError
 
 from qlora_trainer.errors import CheckpointError
+from qlora_trainer.system import redact
 
 TEMPORARY = ".tmp-"
 _number = itertools.count()
@@ -40,9 +41,20 @@ _CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}  # Lustre mounted wit
 
 
 def to_json(document: Mapping[str, Any]) -> bytes:
-    """The one way JSON is written here: sorted keys, exact floats, no NaN (a `ValueError`)."""
+    """JSON for programs: sorted keys, exact floats, no NaN (a `ValueError`). Whoever calls masks secrets."""
     text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return text.encode() + b"\n"
+
+
+def write_json(path: Path, document: Any, *, durable: bool = True) -> None:
+    """`atomic_write` of JSON for people: keys in the order given, secrets masked."""
+    text = json.dumps(redact.tree(document), indent=2, ensure_ascii=False)
+    atomic_write(path, text.encode(errors="replace") + b"\n", durable=durable)
+
+
+def write_text(path: Path, text: str, *, durable: bool = True) -> None:
+    """`atomic_write` of UTF-8 text, secrets masked."""
+    atomic_write(path, redact.text(text).encode(errors="replace"), durable=durable)
 
 
 def atomic_write(path: Path, data: bytes, *, durable: bool = True) -> None:

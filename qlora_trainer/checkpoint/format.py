@@ -33,6 +33,7 @@ from torch import Tensor
 
 from qlora_trainer.checkpoint.disk import to_json
 from qlora_trainer.errors import CheckpointError
+from qlora_trainer.system import redact
 
 VERSION = 1
 ADAPTER = "adapter_model.safetensors"
@@ -111,7 +112,7 @@ def write(
         # PEFT and transformers read `format` to know which library's tensors these are.
         save_file(contiguous, folder / name, metadata={"format": "pt"})
     for name, document in documents.items():
-        (folder / name).write_bytes(to_json(document))
+        (folder / name).write_bytes(to_json(redact.tree(document)))
     files = {name: _measure(folder / name) for name in sorted([*tensors, *documents])}
     (folder / MANIFEST).write_bytes(_manifest(files))
 

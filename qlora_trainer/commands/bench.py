@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from qlora_trainer.checkpoint.disk import write_json
 from qlora_trainer.commands import wiring
 from qlora_trainer.commands.plan import plan_of
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.system.terminal import results
 
 
 def run(config: RunConfig) -> None:
@@ -38,7 +38,6 @@ def run(config: RunConfig) -> None:
     device = pick_device(config.model.device)
     if device.type != "cuda":
         raise ConfigError("bench measures a CUDA GPU and there is none here; `plan` estimates without one")
-    console = Console()
     started = time.perf_counter()
     plan = plan_of(config)
     base = wiring.base_options(config, device)
@@ -65,9 +64,7 @@ def run(config: RunConfig) -> None:
     )
     planned = "" if plan.seconds_per_step is None else f", {plan.seconds_per_step:.2f} s each by the plan"
     steps = f"steps of {cell.accumulation} x {cell.rows} x {cell.length} tokens{planned}; the first compiles"
-    console.print(
-        f"[dim]random weights of {base.name_or_path}; {steps}[/dim]", soft_wrap=True, highlight=False
-    )
+    results.print(f"random weights of {base.name_or_path}; {steps}", style="dim", soft_wrap=True)
     torch.cuda.reset_peak_memory_stats()
     result, profile = measure.Bench(model, shape.vocab_size).measure(cell, profile=True)
     assert profile is not None
@@ -93,11 +90,11 @@ def run(config: RunConfig) -> None:
     table.add_row(
         "first step", f"{result.first_step_s:.1f} s after the weights were made ({ready:.0f} s in all)"
     )
-    console.print(table)
+    results.print(table)
     where = Table("kernels", "ms a step", "share", title="where the time goes")
     for kind, milliseconds in profile.kinds.items():
         where.add_row(kind, f"{milliseconds:.1f}", f"{milliseconds / total:.0%}")
-    console.print(where)
+    results.print(where)
     folder = Path(str(config.output_dir or "outputs/bench"))
     folder.mkdir(parents=True, exist_ok=True)
     record = {
@@ -105,5 +102,5 @@ def run(config: RunConfig) -> None:
         "kernels": [{"name": n, "launches": c, "ms": ms} for n, c, ms in profile.kernels],
         "torch": torch.__version__, "gpu": torch.cuda.get_device_name(device), "cell": asdict(cell),
     }  # fmt: skip
-    (folder / "bench.json").write_text(json.dumps(record, indent=1) + "\n")
-    console.print(f"kernel by kernel: {folder / 'bench.json'}")
+    write_json(folder / "bench.json", record)
+    results.print(f"kernel by kernel: {folder / 'bench.json'}")

@@ -10,6 +10,7 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.evaluate.generate import Sampling
 from qlora_trainer.inference.chat import Chat, ChatOptions
 from qlora_trainer.inference.load import load
+from qlora_trainer.system.terminal import printable
 
 
 def run(config: RunConfig) -> None:
@@ -30,7 +31,7 @@ def run(config: RunConfig) -> None:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(printable(text))  # a model may have learned to speak to terminals
     sys.stdout.flush()
 
 

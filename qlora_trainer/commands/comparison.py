@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qlora_trainer.checkpoint.disk import atomic_write
+from qlora_trainer.checkpoint.disk import write_json
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data import Batch, TokenizedData
 from qlora_trainer.evaluate import report
@@ -55,5 +54,5 @@ def compare(
             "examples": report.examples(base, tuned, wanted.examples),
         }
         tables.append(f"On {name}:\n\n{report.markdown(base, tuned)}")
-    atomic_write(folder / FILE, json.dumps(results, indent=1).encode() + b"\n")
+    write_json(folder / FILE, results)
     return "\n\n".join(tables)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-
-from qlora_trainer.checkpoint.disk import atomic_write, to_json
+from qlora_trainer.checkpoint.disk import write_json
 from qlora_trainer.commands import report, wiring
 from qlora_trainer.commands.comparison import compare
 from qlora_trainer.config.schema import RunConfig
@@ -14,6 +12,7 @@ from qlora_trainer.errors import DataError
 from qlora_trainer.evaluate.harness import FILE, Harness, table
 from qlora_trainer.inference.load import find_adapter, load
 from qlora_trainer.model.forward import ReferenceForward
+from qlora_trainer.system.terminal import results
 
 
 def run(config: RunConfig) -> None:
@@ -33,8 +32,8 @@ def run(config: RunConfig) -> None:
         found = harness.measure(
             loaded.model, loaded.tokenizer, batch_size=wanted.batch_size, max_rows=wanted.max_rows
         )
-        Console().print(table(found))
-        atomic_write(folder / FILE, to_json(found))
+        results.print(table(found))
+        write_json(folder / FILE, found)
     report.refresh(folder)
 
 

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from qlora_trainer.checkpoint.disk import lock
@@ -20,7 +19,7 @@ from qlora_trainer.export import calibration, hub
 from qlora_trainer.export.base import Held
 from qlora_trainer.export.formats import Exporter, ExportOptions, Source
 from qlora_trainer.model.load import DTYPES, pick_device
-from qlora_trainer.track.redact import Redactor
+from qlora_trainer.system.terminal import console
 
 
 def run(config: RunConfig) -> None:
@@ -29,7 +28,7 @@ def run(config: RunConfig) -> None:
     Raises:
         DivergedError: an export is over its bound; it stays where it is and its card says so.
     """
-    wanted, console = config.export, Console(stderr=True)
+    wanted = config.export
     device = pick_device(config.model.device)
     source = source_of(config)
     root = exports_folder(config)
@@ -59,7 +58,7 @@ def run(config: RunConfig) -> None:
         exporter.check(wanted.format)
         folders = {kind: export(kind) for kind in wanted.format}
     for kind, folder in folders.items():
-        console.print(f"{kind:>8}  {folder}", highlight=False)
+        console.print(f"{kind:>8}  {folder}")
     if wanted.verify:
         verify_exports(config, folders)
     else:
@@ -68,7 +67,7 @@ def run(config: RunConfig) -> None:
         for kind, folder in folders.items():
             name = wanted.push_to_hub if len(folders) == 1 else f"{wanted.push_to_hub}-{kind}"
             url = hub.push(folder, name, private=wanted.hub_private)
-            console.print(f"{kind:>8}  {url}", highlight=False)
+            console.print(f"{kind:>8}  {url}")
 
 
 def source_of(config: RunConfig) -> Source:
@@ -83,8 +82,8 @@ def source_of(config: RunConfig) -> Source:
         fingerprint=what.record.get("base_fingerprint", ""),
         tokenizer=what.tokenizer,
         stop_ids=what.stop_ids,
-        data=Redactor().tree(_data_names(config)) if ours else [],
-        settings=Redactor().tree(as_dict(config)) if ours else {},
+        data=_data_names(config) if ours else [],
+        settings=as_dict(config) if ours else {},
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from qlora_trainer.commands import wiring
 from qlora_trainer.commands.plan import facts_of, plan_of, settled
@@ -15,6 +14,7 @@ from qlora_trainer.data.page import write_page
 from qlora_trainer.data.survey import Survey, survey
 from qlora_trainer.model.load import load_tokenizer
 from qlora_trainer.plan.settings import AUTO
+from qlora_trainer.system.terminal import results
 from qlora_trainer.train.distributed import Ranks
 
 
@@ -36,8 +36,7 @@ def run(config: RunConfig) -> None:
         surveys[role] = survey(data, loader, options, tokenizer, role=role, seed=config.seed)
     if not ranks.main:
         return
-    console = Console()
-    screen.show(surveys, console)
+    screen.show(surveys, results)
     page = Path(config.output_dir or "outputs/inspect") / "inspect.html"
     write_page(surveys, config.recipe or Path(name).name, page)
-    console.print(f"every token of the first batch: {page}", soft_wrap=True, highlight=False)
+    results.print(f"every token of the first batch: {page}", soft_wrap=True)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from rich.console import RenderableType
-from rich.markup import escape
+from rich.text import Text
 
 from qlora_trainer.checkpoint.format import ADAPTER, Checkpoint
 from qlora_trainer.commands import wiring
@@ -37,9 +37,9 @@ from qlora_trainer.model.residual import is_residual
 from qlora_trainer.model.source import resolve
 from qlora_trainer.plan import screen
 from qlora_trainer.plan.plan import RunPlan, check, compare
+from qlora_trainer.system import redact
+from qlora_trainer.system.terminal import console
 from qlora_trainer.track import jsonl
-from qlora_trainer.track.console import console
-from qlora_trainer.track.redact import Redactor
 from qlora_trainer.train.distributed import Ranks
 from qlora_trainer.train.loop import Progress
 from qlora_trainer.train.signals import Status, StopSignals
@@ -58,9 +58,10 @@ class Run:
     signals: StopSignals
     status: Status
 
-    def say(self, text: RenderableType) -> None:
+    def say(self, text: RenderableType, style: str | None = None) -> None:
+        """Prints on one rank; in `style`, for the text itself carries no markup."""
         if self.ranks.main:
-            console.print(text, soft_wrap=True)
+            console.print(text, style=style, soft_wrap=True)
 
 
 def load_model(run: Run, base: BaseOptions, plan: RunPlan, begun: Checkpoint | None) -> PeftModel:
@@ -70,7 +71,7 @@ def load_model(run: Run, base: BaseOptions, plan: RunPlan, begun: Checkpoint | N
     model = load_base(
         base,
         torch.device("cpu") if streamed else device,
-        say=lambda line: run.say(f"[dim]         {escape(line)}"),
+        say=lambda line: run.say(f"         {line}", "dim"),
     )
     options = wiring.lora_options(config)
     stored = None
@@ -131,7 +132,7 @@ def make_forward(run: Run, model: PeftModel, plan: RunPlan) -> FusedForward | Re
                 raise ConfigError(f"model.offload=layers needs the fast path: {'; '.join(report.lines())}")
             LayerStream(forward)
         for line in report.lines():
-            run.say(f"[dim]         {line}")
+            run.say(f"         {line}", "dim")
     if isinstance(forward, ReferenceForward) and "full" in plan.policies:
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     return forward
@@ -139,9 +140,10 @@ def make_forward(run: Run, model: PeftModel, plan: RunPlan) -> FusedForward | Re
 
 def identity_of(run: Run, base: BaseOptions, data: TokenizedData) -> dict[str, Any]:
     source = resolve(base.name_or_path, base.revision)
-    return wiring.identity(
+    now = wiring.identity(
         run.config, base, base_fingerprint(source, base.revision), data.fingerprint, run.ranks.world_size
     )
+    return redact.tree(now)  # as a checkpoint has it
 
 
 def describe_data(data: TokenizedData, held_out: list[TokenizedData]) -> str:
@@ -161,10 +163,11 @@ def describe_data(data: TokenizedData, held_out: list[TokenizedData]) -> str:
 def facts_of_start(ranks: Ranks) -> dict[str, Any]:
     """What status.json says of the machine, the libraries and the line that started this process."""
     launcher = f"accelerate launch --multi_gpu --num_processes {ranks.world_size}" * (ranks.world_size > 1)
-    line = f"{launcher or 'python'} -m qlora_trainer {shlex.join(sys.argv[1:])}"
+    arguments = shlex.join(map(redact.text, sys.argv[1:]))  # before quotes change what they hold
+    line = f"{launcher or 'python'} -m qlora_trainer {arguments}"
     cuda = ranks.device.type == "cuda"
     return {
-        "command": Redactor().text(line),
+        "command": line,
         "versions": versions() | ({"CUDA": str(torch.version.cuda)} if cuda else {}),
         "machine": {
             "device": torch.cuda.get_device_name(ranks.device) if cuda else f"{platform.machine()} CPU",
@@ -176,11 +179,10 @@ def facts_of_start(ranks: Ranks) -> dict[str, Any]:
 
 def facts_of_data(data: TokenizedData, held_out: list[TokenizedData]) -> list[dict[str, Any]]:
     """What `describe_data` says, as plain values, and why rows were dropped."""
-    redactor = Redactor()
     return [
         {
             "role": role,
-            "sources": redactor.tree(part.sources),
+            "sources": part.sources,
             "formats": sorted(set(part.formats)),
             "rows": part.ledger.read,
             "dropped": {REASONS.get(name, name): count for name, count in part.ledger.dropped.items()},
@@ -204,17 +206,19 @@ def memory_used(device: torch.device) -> dict[str, int]:
     return peaks
 
 
-def describe_training(run: Run, progress: Progress, first: int, seconds: float, plan: RunPlan) -> str:
+def describe_training(run: Run, progress: Progress, first: int, seconds: float, plan: RunPlan) -> Text:
     """What was done, predicted beside measured; the measurement goes into plan.json too."""
     steps = progress.step - first
     if not steps:
-        return f"trained  already at step {progress.step}; nothing left to do"
-    lines = [f"trained  {steps} steps in {seconds:.0f} s; {progress.supervised:,} supervised tokens in all"]
+        return Text(f"trained  already at step {progress.step}; nothing left to do")
+    lines = [
+        Text(f"trained  {steps} steps in {seconds:.0f} s; {progress.supervised:,} supervised tokens in all")
+    ]
     if run.ranks.main:
         measured = memory_used(run.ranks.device) | speed_of(run.folder / "metrics.jsonl", first)
-        lines += [f"[yellow]{line}" if "off by" in line else line for line in compare(plan, measured)]
+        lines += [Text(line, "yellow" * ("off by" in line)) for line in compare(plan, measured)]
         screen.write(plan, run.folder / "plan.json", {"seconds_per_step": seconds / steps, **measured})
-    return "\n".join(lines)
+    return Text("\n").join(lines)
 
 
 def speed_of(metrics: Path, first: int) -> dict[str, float]:

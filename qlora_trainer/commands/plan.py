@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from rich.console import Console
 
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.config.watch import with_values
@@ -17,6 +16,7 @@ from qlora_trainer.plan.changes import cheapest
 from qlora_trainer.plan.decide import decide
 from qlora_trainer.plan.plan import RunPlan, check, make_plan
 from qlora_trainer.plan.settings import DataFacts
+from qlora_trainer.system.terminal import results
 
 if TYPE_CHECKING:
     from qlora_trainer.data import TokenizedData
@@ -35,8 +35,7 @@ def run(config: RunConfig) -> None:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     plan = plan_of(config, data_here(config), config.plan.num_processes or launched)
     if int(os.environ.get("RANK", "0")) == 0:
-        console = Console()
-        screen.show(plan, console)
+        screen.show(plan, results)
         folder = Path(config.output_dir or "outputs/plan")
         path = folder / ("plan-preview.json" if (folder / "config.yaml").exists() else "plan.json")
         try:
@@ -46,7 +45,7 @@ def run(config: RunConfig) -> None:
             raise CheckpointError(
                 f"output_dir: {path}: {error.strerror}; set output_dir elsewhere"
             ) from error
-        console.print(f"[dim]every number: {path}[/dim]", soft_wrap=True, highlight=False)
+        results.print(f"every number: {path}", style="dim", soft_wrap=True)
     check(plan)
 
 

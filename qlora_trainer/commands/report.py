@@ -11,7 +11,7 @@ from qlora_trainer.config.claim import CONFIG_FILE
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.config.watch import as_dict
 from qlora_trainer.errors import MissingInputError, QLoRAError
-from qlora_trainer.track.console import console
+from qlora_trainer.system.terminal import console
 from qlora_trainer.track.report import FILE, STRANGE, write_report
 
 
@@ -37,7 +37,7 @@ def refresh(folder: Path) -> None:
     try:
         _write(folder)
     except (QLoRAError, OSError, *STRANGE) as error:
-        console.print(f"no {FILE}: {type(error).__name__}: {error}", style="yellow", markup=False)
+        console.print(f"no {FILE}: {type(error).__name__}: {error}", style="yellow")
 
 
 def _write(folder: Path) -> Path:

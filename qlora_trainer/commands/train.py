@@ -44,10 +44,10 @@ from qlora_trainer.model.fused.decoder import FusedForward
 from qlora_trainer.model.load import load_tokenizer, pick_device
 from qlora_trainer.optim import make_optimizer, schedule
 from qlora_trainer.plan.plan import RunPlan
+from qlora_trainer.system import redact
 from qlora_trainer.track import Tracker
 from qlora_trainer.track.console import ConsoleTracker
 from qlora_trainer.track.jsonl import JsonlTracker
-from qlora_trainer.track.redact import Redactor
 from qlora_trainer.track.report import FILE as REPORT
 from qlora_trainer.track.wandb import WandbTracker
 from qlora_trainer.train.distributed import Ranks
@@ -85,7 +85,7 @@ def run(config: RunConfig) -> None:
             raise
         finally:
             signals.over()
-            status.finish(code, Redactor().text(message))
+            status.finish(code, message)
             if ranks.main:
                 report.refresh(folder)
             if code == PreemptedError.exit_code:
@@ -109,7 +109,7 @@ def _train(run: Run) -> None:
         begun = resume.find(
             run.folder,
             config.checkpoint.resume_from_checkpoint,
-            warn=lambda text: run.say(f"[yellow]{text}"),
+            warn=lambda text: run.say(text, "yellow"),
         )
     plan = plan_run(run, data, begun)
     config = run.config = settled(config, plan)
@@ -147,7 +147,9 @@ def _train(run: Run) -> None:
         return
     measured = ""
     if held_out and plan.offload != "none":
-        run.say(f"[yellow]model.offload={plan.offload}: compare with the base by `evaluate run={run.folder}`")
+        run.say(
+            f"model.offload={plan.offload}: compare with the base by `evaluate run={run.folder}`", "yellow"
+        )
     elif held_out:
         with signals.phase("evaluating", interruptible=True):
             stops = stop_ids(tokenizer, model.get_base_model().generation_config)
@@ -160,13 +162,13 @@ def _train(run: Run) -> None:
             tokenizer,
             run.folder / "adapter",
             TrainedOn.with_options(base, ranks.device),
-            data=Redactor().tree(data.sources),
-            settings=Redactor().tree(as_dict(config)),
+            data=data.sources,
+            settings=as_dict(config),
             measured=measured,
             title=run.folder.resolve().name,
         )
     if unread := unread_keys(config):
-        run.say(f"[yellow]set, but nothing read it: {', '.join(unread)}")
+        run.say(f"set, but nothing read it: {', '.join(unread)}", "yellow")
     run.say(_what_next(run.folder, base.name_or_path))
 
 
@@ -178,7 +180,7 @@ def _resume(run: Run, state: RunState, total: int, checkpoint: Checkpoint | None
         state.restore(checkpoint)
         run.say(f"resume   {checkpoint.folder}, step {checkpoint.step} of {total}")
         if changed := changed_surroundings(checkpoint):
-            run.say(f"[yellow]         the last bits of the numbers may differ: {', '.join(changed)}")
+            run.say(f"         the last bits of the numbers may differ: {', '.join(changed)}", "yellow")
     if state.progress.step > total:
         raise ConfigError(
             f"{run.folder} has been trained for {state.progress.step} steps and {total} are asked for: raise "
@@ -188,7 +190,7 @@ def _resume(run: Run, state: RunState, total: int, checkpoint: Checkpoint | None
     if run.ranks.main:
         aside = resume.set_aside(run.folder, checkpoint.step if checkpoint is not None else None)
         if aside is not None:
-            run.say(f"[yellow]earlier checkpoints are kept in {aside}")
+            run.say(f"earlier checkpoints are kept in {aside}", "yellow")
 
 
 def _loop(
@@ -313,14 +315,14 @@ def _trackers(run: Run, total: int, step: int) -> list[Tracker]:
     track = run.config.track
     if "wandb" in track.report_to:
         run_id = hashlib.sha256(str(run.folder.resolve()).encode()).hexdigest()[:12]
-        settings = Redactor().tree(as_dict(run.config))
+        settings = redact.tree(as_dict(run.config))
         trackers.append(WandbTracker(settings["track"]["project"], run.folder, settings, run_id))
     return trackers
 
 
 def _what_next(folder: Path, base: str) -> str:
     return (
-        f"[bold]done[/]     the adapter is in {folder / 'adapter'}\n"
+        f"done     the adapter is in {folder / 'adapter'}\n"
         f"next     python -m qlora_trainer chat run={folder}\n"
         f"         python -m qlora_trainer evaluate run={folder}\n"
         f"         or load it with plain peft: {folder / 'adapter' / 'README.md'} says how\n"

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from qlora_trainer.checkpoint.disk import atomic_write
+from qlora_trainer.checkpoint.disk import write_json, write_text
 from qlora_trainer.commands import report, wiring
 from qlora_trainer.commands.evaluate import run_folder
 from qlora_trainer.config.schema import RunConfig
@@ -33,6 +31,7 @@ from qlora_trainer.inference.load import (
 from qlora_trainer.inference.stop import pad_id, stop_ids
 from qlora_trainer.model.load import BaseOptions, load_tokenizer, pick_device, pick_dtype
 from qlora_trainer.model.source import resolve
+from qlora_trainer.system.terminal import console, results
 
 
 def run(config: RunConfig) -> None:
@@ -65,20 +64,19 @@ def verify_exports(config: RunConfig, exports: Mapping[str, Path]) -> None:
         device=pick_device(config.model.device).type,
     )
     sample = _sample(config, what.tokenizer, what.stop_ids)
-    console = Console(stderr=True)
     verdicts = verify(
         yardstick,
         exports,
         sample,
         max_kl=wanted.max_kl,
         max_new_tokens=config.evaluate.max_new_tokens,
-        say=lambda name: console.print(f"measuring {name}", style="dim", highlight=False),
+        say=lambda name: console.print(f"measuring {name}", style="dim"),
     )
-    Console().print(table(verdicts, sample))
+    results.print(table(verdicts, sample))
     root = exports_folder(config)
     summary = {"measured_on": sample.source, "models": [as_dict(verdict) for verdict in verdicts]}
-    atomic_write(root / RESULT, json.dumps(summary, indent=2).encode() + b"\n")
-    atomic_write(root / "verify.md", markdown(verdicts, sample).encode() + b"\n")
+    write_json(root / RESULT, summary)
+    write_text(root / "verify.md", markdown(verdicts, sample) + "\n")
     report.refresh(root.parent)
     failed = [f"{verdict.name} {verdict.failures[0]}" for verdict in verdicts if not verdict.passed]
     if failed:

@@ -21,7 +21,7 @@ from qlora_trainer.config.load import to_yaml
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.config.watch import as_dict
 from qlora_trainer.errors import CheckpointError, ConfigError
-from qlora_trainer.track.redact import Redactor
+from qlora_trainer.system.redact import Redactor
 
 IDENTITY = (
     "recipe",
@@ -59,7 +59,7 @@ def claim_output_dir(config: RunConfig, required_bytes: int = 64 * 2**20) -> Pat
                 f"output_dir: {folder} has {free / 2**30:.1f} GiB free and the run needs "
                 f"{required_bytes / 2**30:.1f} GiB; make room or set output_dir=/another/disk"
             )
-        _write(folder / CONFIG_FILE, Redactor().text(to_yaml(config)))
+        _write(folder / CONFIG_FILE, to_yaml(config))
     except OSError as error:
         raise CheckpointError(
             f"output_dir: {folder} {_reason(error)}; set output_dir=/a/writable/folder"

@@ -29,6 +29,7 @@ from qlora_trainer.config.recipes import Recipe
 from qlora_trainer.config.schema import ExportConfig, RunConfig
 from qlora_trainer.config.watch import as_dict, watch
 from qlora_trainer.errors import ConfigError, MissingInputError
+from qlora_trainer.system import redact
 
 
 def load(arguments: Sequence[str], command: str = "train") -> RunConfig:
@@ -72,8 +73,8 @@ def load(arguments: Sequence[str], command: str = "train") -> RunConfig:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The whole configuration as YAML; a run folder's `config.yaml`. Does not count as reading."""
-    return OmegaConf.to_yaml(OmegaConf.create(as_dict(config)))
+    """The whole configuration as YAML without secrets; a run's `config.yaml`. Does not count as reading."""
+    return OmegaConf.to_yaml(OmegaConf.create(redact.tree(as_dict(config))))
 
 
 def expand_sweep(arguments: Sequence[str], command: str = "train") -> list[list[str]]:

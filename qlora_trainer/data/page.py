@@ -7,14 +7,15 @@ embedded as JSON, and everything that came from a user's file reaches the page a
 from __future__ import annotations
 
 import json
-import os
 from importlib import resources
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from qlora_trainer.checkpoint.disk import atomic_write, disk_errors
 from qlora_trainer.data.screen import facts, warnings
 from qlora_trainer.data.survey import BatchRow, Survey
+from qlora_trainer.system import redact
 
 LEDGER_ROWS = 10_000  # shown in the page; the rest are counted
 
@@ -22,15 +23,14 @@ LEDGER_ROWS = 10_000  # shown in the page; the rest are counted
 def write_page(surveys: dict[str, Survey], title: str, path: Path) -> None:
     """Write the page, whole or not at all."""
     embedded = json.dumps(
-        {"title": title, "roles": {role: _role(survey) for role, survey in surveys.items()}},
+        redact.tree({"title": title, "roles": {role: _role(survey) for role, survey in surveys.items()}}),
         ensure_ascii=False,
         separators=(",", ":"),
     ).replace("<", "\\u003c")  # nothing in the data can end the script element
     page = resources.files("qlora_trainer.data").joinpath("page.html").read_text(encoding="utf-8")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(page.replace("__DATA__", embedded, 1), encoding="utf-8", errors="replace")
-    os.replace(unfinished, path)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, page.replace("__DATA__", embedded, 1).encode(errors="replace"), durable=False)
 
 
 def _role(survey: Survey) -> dict[str, Any]:

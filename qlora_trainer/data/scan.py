@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from qlora_trainer.checkpoint.disk import write_json
 from qlora_trainer.data import formats
 from qlora_trainer.data.example import Example
 from qlora_trainer.data.options import DataOptions, Source
@@ -94,11 +95,7 @@ def scan(
         values = json.loads(kept.read_text(encoding="utf-8"))
         return Scan(**values | {"duplicates": {tuple(pair) for pair in values["duplicates"]}})
     found = _read_all(options, opened, role, seed)
-    unfinished = kept.with_suffix(f".{os.getpid()}.tmp")
-    unfinished.write_text(
-        json.dumps(asdict(found) | {"duplicates": sorted(found.duplicates)}), encoding="utf-8"
-    )
-    os.replace(unfinished, kept)
+    write_json(kept, asdict(found) | {"duplicates": sorted(found.duplicates)}, durable=False)
     return found
 
 

@@ -126,7 +126,7 @@ def _example(document: BatchDocument) -> RenderableType:
     legend = Text.assemble(
         ("supervised", "black on green"), "  ", ("context", "dim"), "  ", ("special", "magenta")
     )
-    return Panel(Group(text, Text(), legend), title=document.where, title_align="left")
+    return Panel(Group(text, Text(), legend), title=Text(document.where), title_align="left")
 
 
 def _histogram(survey: Survey) -> RenderableType:

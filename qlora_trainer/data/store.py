@@ -23,8 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from qlora_trainer.checkpoint.disk import write_json
 from qlora_trainer.data.encode import Document, Ids, Weights
 from qlora_trainer.errors import CheckpointError
+from qlora_trainer.system import redact
 
 VERSION = 1
 RECORD = np.dtype(
@@ -89,6 +91,7 @@ class Writer:
             name: (self.folder / name).open("wb") for name in ("tokens.i4", "weights.f4", "documents.bin")
         }
         self.ledger = (self.folder / "ledger.jsonl").open("w", encoding="utf-8")
+        self.redactor = redact.Redactor()
         self.hash = hashlib.sha256()
         self.documents = self.tokens = 0
         self.names: dict[str, int] = {}
@@ -124,7 +127,7 @@ class Writer:
 
     def drop(self, row: DroppedRow) -> None:
         self.dropped[row.reason] += 1
-        self.ledger.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.ledger.write(json.dumps(self.redactor.tree(row), ensure_ascii=False) + "\n")
 
     def publish(self, manifest: dict[str, Any]) -> None:
         """Flush to disk, then rename; if somebody else was first, theirs stays and ours goes."""
@@ -141,10 +144,7 @@ class Writer:
             "names": list(self.names),
             "dropped": dict(self.dropped),
         }
-        with (self.folder / "manifest.json").open("w", encoding="utf-8") as stream:
-            json.dump(manifest, stream, ensure_ascii=False, indent=1)
-            stream.flush()
-            os.fsync(stream.fileno())
+        write_json(self.folder / "manifest.json", manifest)
         try:
             self.folder.rename(self.place)
         except OSError:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from qlora_trainer.evaluate.match import Answer, MatchScore
 from qlora_trainer.evaluate.perplexity import LossSum
+from qlora_trainer.system.terminal import results
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,9 @@ def markdown(base: Scores, tuned: Scores) -> str:
     return "\n".join(lines)
 
 
-def show(renderable: RenderableType, console: Console | None = None) -> None:
+def show(renderable: RenderableType, console: Console = results) -> None:
     """Prints to the terminal (or wherever `console` writes)."""
-    (console or Console()).print(renderable)
+    console.print(renderable)
 
 
 def _side_by_side(base: MatchScore, tuned: MatchScore, examples: int) -> Table:

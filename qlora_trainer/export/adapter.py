@@ -13,7 +13,6 @@ In: the trained PeftModel, its tokenizer and plain values. Out: the folder, whol
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_trainer.checkpoint.disk import publish_folder
+from qlora_trainer.checkpoint.disk import publish_folder, write_json, write_text
 from qlora_trainer.export.card import Card, licence_files, licence_of, render
 from qlora_trainer.inference.load import TRAINED_WITH, dtype_name
 from qlora_trainer.inference.stop import pad_id, stop_ids
@@ -33,6 +32,7 @@ from qlora_trainer.model.fingerprint import base_fingerprint
 from qlora_trainer.model.load import BaseOptions
 from qlora_trainer.model.residual import adapter_settings, published_tensors
 from qlora_trainer.model.source import resolve
+from qlora_trainer.system import redact
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -133,17 +133,12 @@ def export_adapter(
         ).save_pretrained(work)
         record = asdict(trained) | {"base_fingerprint": base_fingerprint(trained.source, trained.revision)}
         write_json(work / TRAINED_WITH, record)
-        (work / "README.md").write_text(render(card, measured), encoding="utf-8")
+        write_text(work / "README.md", render(card, measured))
         for licence in licence_files(Path(trained.source)):
             shutil.copyfile(licence, work / licence.name)
 
     size = sum(tensor.nbytes for tensor in state.values())
     return publish_folder(folder, fill, needed=size + (32 << 20))  # tokenizers are some MB
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """One JSON object, readable and stable from run to run."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _peft_config(model: peft.PeftModel, trained: TrainedOn) -> peft.PeftConfig:
@@ -152,7 +147,7 @@ def _peft_config(model: peft.PeftModel, trained: TrainedOn) -> peft.PeftConfig:
     for name, value in vars(config).items():
         if isinstance(value, set):  # PEFT would write it in the order of this process's hashes
             setattr(config, name, sorted(value))
-    config.base_model_name_or_path = trained.source
+    config.base_model_name_or_path = redact.text(trained.source)
     config.revision = trained.revision
     config.inference_mode = True
     return config

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import BitsAndBytesConfig
 
+from qlora_trainer.checkpoint.disk import write_json
 from qlora_trainer.export.base import BLOCK
 from qlora_trainer.export.merge import Merge, Progress
 from qlora_trainer.export.shards import write_index
@@ -50,7 +51,7 @@ def write(merge: Merge, folder: Path, kind: str, progress: Progress | None = Non
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["quantization_config"] = _options(kind, merge.dtype).to_dict()
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(path, config)
 
 
 def quantized(name: str, weight: Tensor, kind: str) -> dict[str, Tensor]:

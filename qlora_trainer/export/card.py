@@ -14,8 +14,9 @@ from typing import Any
 
 import yaml
 
+from qlora_trainer.system import redact
+
 _TABLE = ("<!-- measured: begin -->", "<!-- measured: end -->")
-_TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{8,})|://[^/\s@]+:[^/\s@]+@")
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,8 @@ def with_measured(text: str, measured: str) -> str:
 
 
 def settings_yaml(settings: Mapping[str, Any]) -> str:
-    """Settings as YAML: nulls and empty sections left out, paths shortened to their last part."""
-    return yaml.safe_dump(_shareable(settings), sort_keys=False, allow_unicode=True)
+    """Settings as YAML: nulls and empty sections left out, paths cut to their last part, secrets masked."""
+    return yaml.safe_dump(redact.tree(_shareable(settings)), sort_keys=False, allow_unicode=True)
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -141,8 +142,7 @@ def _shareable(value: Any) -> Any:
 
 
 def _named(text: str) -> str:
-    """A local path as its last part, with no token in it."""
-    text = _TOKEN.sub("[removed]", text)
+    """A local path as its last part."""
     return Path(text).name if text.startswith(("/", "~", "./", "../")) else text
 
 

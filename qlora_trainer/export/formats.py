@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from qlora_trainer.checkpoint.disk import publish_folder, require_space
+from qlora_trainer.checkpoint.disk import publish_folder, require_space, write_json, write_text
 from qlora_trainer.errors import CheckpointError, ConfigError
 from qlora_trainer.export import bnb, gguf
-from qlora_trainer.export.adapter import write_json
 from qlora_trainer.export.base import Base, Held
 from qlora_trainer.export.card import Card, licence_files, licence_of, render
 from qlora_trainer.export.delta import WEIGHTS, Updates, read_updates
@@ -29,6 +28,7 @@ from qlora_trainer.export.quantize import METHODS, QuantizeOptions, quantize
 from qlora_trainer.export.shards import narrow
 from qlora_trainer.inference.load import read_json
 from qlora_trainer.model.fingerprint import base_fingerprint
+from qlora_trainer.system import redact
 
 FORMATS = ("adapter", "merged", "gptq", "awq", "rtn", "int8", "nf4", "gguf")
 RECIPE = "export.json"
@@ -184,7 +184,7 @@ class Exporter:
     def finished(self, kind: str) -> bool:
         """Whether that folder is there and was made from this adapter with these settings."""
         path = self.folder(kind) / RECIPE
-        return path.is_file() and read_json(path) == self.recipe(kind)
+        return path.is_file() and read_json(path) == redact.tree(self.recipe(kind))
 
     def recipe(self, kind: str) -> dict[str, Any]:
         """What the folder depends on; equal recipes give equal folders."""
@@ -246,7 +246,7 @@ class Exporter:
         if kind != "adapter":
             self._accompany(work)
         if kind != "adapter" or not (work / "README.md").is_file():
-            (work / "README.md").write_text(render(self._card(kind)), encoding="utf-8")
+            write_text(work / "README.md", render(self._card(kind)))
         write_json(work / RECIPE, self.recipe(kind))
 
     def _quantize(self, kind: str, work: Path, progress: Progress | None) -> None:

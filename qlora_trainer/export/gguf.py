@@ -22,6 +22,7 @@ from qlora_trainer.errors import ConfigError
 from qlora_trainer.export import kquants
 from qlora_trainer.export.kquants import KQuantizer
 from qlora_trainer.export.merge import Merge, Piece, Progress
+from qlora_trainer.system import redact
 
 ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
@@ -141,7 +142,7 @@ def _tensor_type(merge: Merge, piece: Piece, name: str, kind: str) -> GGMLQuanti
 def _describe(writer: GGUFWriter, merge: Merge, file_type: LlamaFileType) -> None:
     config = merge.base.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_name(merge.base.folder.name)
+    writer.add_name(redact.text(merge.base.folder.name))
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(merge.vocab_size)

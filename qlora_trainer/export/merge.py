@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qlora_trainer.checkpoint.disk import write_json
 from qlora_trainer.errors import CheckpointError, ConfigError
 from qlora_trainer.export.base import Base
 from qlora_trainer.export.delta import Updates
@@ -127,7 +128,7 @@ class Merge:
             config["tie_word_embeddings"] = False
         if "vocab_size" in config:
             config["vocab_size"] = self.vocab_size
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "config.json", config)
 
     def _check_complete(self) -> None:
         written = {piece.parameter for piece in self.pieces}

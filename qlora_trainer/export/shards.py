@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.model.files import INDEX
+from qlora_trainer.checkpoint.disk import atomic_write, to_json
 from qlora_trainer.model.shards import NAMES, ShardReader
 
 
@@ -78,4 +79,4 @@ def write_index(folder: Path, files: Mapping[str, list[str]], total_bytes: int) 
     if len(files) > 1:
         weight_map = dict(sorted((name, file) for file, names in files.items() for name in names))
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        atomic_write(folder / INDEX, to_json(index))

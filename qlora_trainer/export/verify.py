@@ -40,7 +40,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from qlora_trainer.checkpoint.disk import atomic_write
+from qlora_trainer.checkpoint.disk import write_json, write_text
 from qlora_trainer.errors import CheckpointError, ConfigError
 from qlora_trainer.evaluate.match import Question, match
 from qlora_trainer.export.card import markdown_table, with_measured
@@ -300,11 +300,11 @@ def run_probe(name: str, request: dict[str, Any], work: Path) -> dict[str, Any]:
 
 def _write(folder: Path, verdicts: Sequence[Verdict], sample: Sample) -> None:
     found = {"measured_on": sample.source, "models": [as_dict(verdict) for verdict in verdicts]}
-    atomic_write(folder / RESULT, json.dumps(found, indent=2).encode() + b"\n")
+    write_json(folder / RESULT, found)
     card = folder / "README.md"
     if card.is_file():
         text = with_measured(card.read_text(encoding="utf-8"), markdown(verdicts, sample))
-        atomic_write(card, text.encode())
+        write_text(card, text)
 
 
 def _cells(verdicts: Sequence[Verdict], narrow: bool = False) -> tuple[list[str], list[list[str]]]:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from qlora_trainer.checkpoint.disk import write_json
 from qlora_trainer.errors import CheckpointError, MissingInputError
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def _publish(folder: Path, source: Source, gguf_file: Path) -> None:
         work.mkdir()
         _convert(gguf_file, work)
         sizes = {path.name: path.stat().st_size for path in sorted(work.iterdir())}
-        (work / RECORD).write_text(json.dumps(_record(source, sizes), indent=1), encoding="utf-8")
+        write_json(work / RECORD, _record(source, sizes))
         for path in work.iterdir():
             shutil.copymode(work / RECORD, path)  # safetensors writes 0600 whatever the umask
             with path.open("rb") as file:

@@ -31,6 +31,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from qlora_trainer.checkpoint import disk
 from qlora_trainer.model.builtin import cache_root
 from qlora_trainer.model.shards import sample
+from qlora_trainer.system import redact
 
 LAYOUT = 1  # raise when what is kept, or how, changes
 SHARD = "500MB"  # of the checkpoint; writing holds one of them in memory
@@ -68,7 +69,8 @@ class KeptBase:
             "config": hashlib.sha256((files[0].parent / "config.json").read_bytes()).hexdigest(),
             "files": [_identity(path.resolve()) for path in files],
         }
-        return cls(cache_root() / "quantized" / f"{Path(source).name}-{key}", made_of)
+        name = redact.text(f"{Path(source).name}-{key}")
+        return cls(cache_root() / "quantized" / name, redact.tree(made_of))
 
     @property
     def folder(self) -> Path:
@@ -96,7 +98,7 @@ class KeptBase:
         def fill(work: Path) -> None:
             model.save_pretrained(work, max_shard_size=SHARD)
             sizes = {path.name: path.stat().st_size for path in sorted(work.iterdir())}
-            (work / RECORD).write_bytes(disk.to_json({"made_of": self.made_of, "bytes": sizes}))
+            disk.write_json(work / RECORD, {"made_of": self.made_of, "bytes": sizes})
 
         with disk.disk_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)

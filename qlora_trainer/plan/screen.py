@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
+from qlora_trainer.checkpoint.disk import write_json
 from qlora_trainer.plan.hardware import GIB
 from qlora_trainer.plan.plan import RunPlan
 
@@ -18,9 +18,7 @@ from qlora_trainer.plan.plan import RunPlan
 def write(plan: RunPlan, path: Path, measured: Mapping[str, float] | None = None) -> None:
     """plan.json, replaced as a whole; after the run with what was `measured` beside what was planned."""
     document = plan.to_dict() | ({"measured": dict(measured)} if measured else {})
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(path, document, durable=False)
 
 
 def show(plan: RunPlan, console: Console) -> None:
@@ -33,8 +31,8 @@ def render(plan: RunPlan) -> RenderableType:
     if plan.changes:
         parts += ["", _changes(plan)]
     if plan.notes:
-        parts += ["", *(f"[dim]{note}[/dim]" for note in plan.notes)]
-    title = "plan: fits" if plan.fits else "[red]plan: does not fit[/red]"
+        parts += ["", *(Text(note, "dim") for note in plan.notes)]
+    title = Text("plan: fits") if plan.fits else Text("plan: does not fit", "red")
     return Panel(Group(*parts), title=title, title_align="left")
 
 
@@ -90,14 +88,14 @@ def _explained(policies: str) -> str:
     return explained.get(policies, policies)
 
 
-def _against(parts: Mapping[str, int], have: int | None) -> str:
+def _against(parts: Mapping[str, int], have: int | None) -> Text:
     """`7.14 of 62.0 GiB: process 3.00, data 4.14`."""
     need = sum(parts.values())
-    text = f"{gib(need)} GiB" if have is None else f"{gib(need)} of {gib(have)} GiB"
+    text = Text(f"{gib(need)} GiB" if have is None else f"{gib(need)} of {gib(have)} GiB")
     if have is not None and need > have:
-        text = f"[red]{text}, not enough[/red]"
+        text = Text(f"{text}, not enough", "red")
     named = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
-    return f"{text}: {named}"
+    return Text.assemble(text, f": {named}")
 
 
 def _memory(plan: RunPlan) -> Table:
@@ -111,7 +109,7 @@ def _memory(plan: RunPlan) -> Table:
         table.add_column(phase.name, justify="right")
     for name in names:
         table.add_row(name, *(gib(phase.parts[name]) for phase in phases))
-    table.add_row("[dim]allocated[/dim]", *(f"[dim]{gib(phase.allocated)}[/dim]" for phase in phases))
+    table.add_row("allocated", *(gib(phase.allocated) for phase in phases), style="dim")
     style = "bold" if plan.peak.total <= plan.budget else "bold red"
     table.add_row(
         f"of {gib(plan.budget)} that may be used", *(gib(phase.total) for phase in phases), style=style

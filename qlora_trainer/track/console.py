@@ -1,4 +1,4 @@
-"""The terminal: a progress bar where there is one, plain lines where output goes to a file.
+"""The run on the terminal: a progress bar where there is one, plain lines where output goes to a file.
 
 Everything here goes to stderr; stdout stays free for results.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,9 +17,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-PLAIN_EVERY_SECONDS = 10.0
+from qlora_trainer.system.terminal import console
 
-console = Console(stderr=True, highlight=False)
+PLAIN_EVERY_SECONDS = 10.0
 
 
 class ConsoleTracker:
@@ -56,7 +55,7 @@ class ConsoleTracker:
             numbers += f"  {speed:,.0f} tok/s"
         self._bar.update(self._task, completed=step, numbers=numbers)
         if record.get("nonfinite"):
-            self._print(f"[yellow]step {step}: loss or gradient not finite; the step was skipped")
+            self._print(f"step {step}: loss or gradient not finite; the step was skipped", "yellow")
         elif not console.is_terminal and self._time_to_speak(step):
             self._print(f"step {step}/{self.total}  {numbers}")
 
@@ -70,8 +69,8 @@ class ConsoleTracker:
         self._last_plain = now
         return True
 
-    def _print(self, text: str) -> None:
-        self._bar.console.print(text, soft_wrap=True)
+    def _print(self, text: str, style: str | None = None) -> None:
+        self._bar.console.print(text, style=style, soft_wrap=True)
 
 
 def _short(value: Any) -> str:

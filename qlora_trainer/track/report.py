@@ -47,7 +47,7 @@ def write_report(
         CheckpointError: the disk refused it; an earlier page is untouched.
     """
     page = render(read_run(folder), defaults, recipe_values)
-    atomic_write(folder / FILE, page.encode("utf-8", errors="replace"), durable=False)
+    atomic_write(folder / FILE, page.encode(errors="replace"), durable=False)
     return folder / FILE
 
 
@@ -78,7 +78,7 @@ def render(
         resumed = report_headline.resumed_at(files.status)
     except STRANGE as error:
         problems.append(_strange("status.json", error))
-        headline, resumed = Headline(files.folder.resolve().name, "unknown", "warn", ""), []
+        headline, resumed = Headline(files.name, "unknown", "warn", ""), []
     sections = []
     for title, build in builders:
         try:

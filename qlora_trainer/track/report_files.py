@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from qlora_trainer.track.redact import Redactor
+from qlora_trainer.system.redact import Redactor
 from qlora_trainer.track.report_series import Series
 
 LARGEST = 32 << 20  # bytes of a JSON file that is still read; ours have kilobytes
@@ -36,11 +36,13 @@ class RunFiles:
     """What there is; documents as their JSON has them.
 
     Attributes:
+        name: of the folder.
         exports: the contents of each `exports/*/verify.json`, by folder; None where it was not verified.
         problems: a line for each file that could not be read.
     """
 
-    folder: Path
+    name: str
+    folder: str
     config: dict[str, Any]
     plan: dict[str, Any]
     status: dict[str, Any]
@@ -60,7 +62,8 @@ def read_run(folder: Path) -> RunFiles:
     exported = sorted(folder.glob("exports/*/export.json"))
     adapter = folder / "adapter" / "training.json"
     return RunFiles(
-        folder=folder,
+        name=reader.redactor.text(folder.resolve().name),
+        folder=reader.redactor.text(str(folder)),
         config=reader.document("config.yaml", yaml.safe_load),
         plan=reader.document("plan.json"),
         status=reader.document("status.json"),
@@ -69,7 +72,7 @@ def read_run(folder: Path) -> RunFiles:
         series=reader.metrics("metrics.jsonl"),
         checkpoints=reader.saved(path.with_name("state.json") for path in checkpoints),
         adapter=next(iter(reader.saved([adapter] if adapter.exists() else [])), None),
-        exports={path.parent.name: reader.verified(path.parent) for path in exported},
+        exports={reader.redactor.text(path.parent.name): reader.verified(path.parent) for path in exported},
         problems=reader.problems,
     )
 

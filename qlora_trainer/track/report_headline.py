@@ -89,7 +89,7 @@ def headline(files: RunFiles) -> Headline:
     if (epoch := series.last("epoch")) is not None:
         progress += f", epoch {epoch:.2f}"
     return Headline(
-        name=files.folder.resolve().name,
+        name=files.name,
         state={"running": "running when this was written"}.get(state, state),
         tone=_TONES.get(state, "bad" if state in ("failed", "diverged") else "warn"),
         progress=progress,
@@ -164,7 +164,7 @@ def _facts(files: RunFiles, state: str) -> Facts:
     if state == "done" and files.adapter is not None:
         for name in ("chat", "evaluate", "export"):
             items.append(
-                (name, [Cell(f"python -m qlora_trainer {name} run={shlex.quote(str(files.folder))}", "code")])
+                (name, [Cell(f"python -m qlora_trainer {name} run={shlex.quote(files.folder)}", "code")])
             )
     elif "command" in status:
         items.append(("to go on", [Cell(clip(status["command"]), "code")]))

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_trainer.errors import ConfigError
-from qlora_trainer.track.console import console
-from qlora_trainer.track.redact import Redactor
+from qlora_trainer.system.redact import Redactor
+from qlora_trainer.system.terminal import console
 
 INIT_SECONDS = 20
 CLOSE_SECONDS = 7  # a run that is done, or has to stop, waits no longer for the last records to leave
@@ -62,7 +62,7 @@ class WandbTracker:
         self._thread.join(timeout=CLOSE_SECONDS)
         self._closed = True
         if self._thread.is_alive():
-            console.print("[yellow]wandb did not finish in time; metrics.jsonl has every step")
+            console.print("wandb did not finish in time; metrics.jsonl has every step", style="yellow")
 
     def _work(self) -> None:
         try:
@@ -75,4 +75,6 @@ class WandbTracker:
             if self._closed:
                 return  # it has been said that W&B did not finish
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            console.print(f"[yellow]wandb stopped ({reason}); training goes on, metrics.jsonl has every step")
+            console.print(
+                f"wandb stopped ({reason}); training goes on, metrics.jsonl has every step", style="yellow"
+            )

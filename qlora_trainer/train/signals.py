@@ -30,7 +30,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from qlora_trainer.checkpoint.disk import atomic_write, to_json
+from qlora_trainer.checkpoint.disk import write_json
 from qlora_trainer.errors import CheckpointError, PreemptedError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -72,7 +72,7 @@ class Status:
         self.note(**fields, updated=_now())
         self._written = time.monotonic()
         if self._path is not None:
-            atomic_write(self._path, to_json(self._fields), durable=False)
+            write_json(self._path, self._fields, durable=False)
 
     def tick(self, **fields: Any) -> None:
         """`update`, at most once in `TICK` seconds: for every step of the loop."""

@@ -14,7 +14,7 @@ CARD = Card(
     settings={
         "data": {"path": "~/rows.jsonl", "split": None},
         "lora": {"r": 16},
-        "track": {"note": "hf_abcdefghijklmnop"},
+        "track": {"note": "hf_" + "abcdefghijklmnop" * 2},
         "empty": {"x": None},
     },
     load="print(FOLDER)",
@@ -31,7 +31,7 @@ def test_a_card_names_data_and_settings_but_no_folders_and_no_tokens():
     assert settings == {
         "data": {"path": "rows.jsonl"},
         "lora": {"r": 16},
-        "track": {"note": "[removed]"},
+        "track": {"note": "***"},
     }
 
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from qlora_trainer.track.redact import MASK, Redactor, is_secret_name, masked_output
+from qlora_trainer.system.redact import MASK, Redactor, is_secret_name, masked_output
 
 CANARY = "canary-7f3e9a1c5d"
 

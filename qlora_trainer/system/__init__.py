@@ -1,0 +1,1 @@
+"""What every room stands on: what leaves the process as text (`redact`), and the terminal (`terminal`)."""
