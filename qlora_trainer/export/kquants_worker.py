@@ -13,6 +13,7 @@ import sys
 
 import torch
 
+from qlora_trainer.system.redact import masked_output
 from qlora_trainer.train.signals import shield_worker
 
 
@@ -32,4 +33,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with masked_output():  # into a log that stays after a failure
+        main()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from qlora_trainer.system.redact import masked_output
 from qlora_trainer.train.signals import shield_worker
 
 
@@ -54,4 +55,5 @@ class _Reporter:
 
 
 if __name__ == "__main__":
-    main()
+    with masked_output():  # into a log that stays after a failure
+        main()

@@ -44,20 +44,24 @@ _SHORTEST = 8  # characters: masking a shorter value would eat ordinary words
 _SHAPES = re.compile(
     r"(?<![A-Za-z0-9])(?:"
     r"hf_[A-Za-z0-9]{30,}"  # Hugging Face
-    r"|sk-(?:[a-z0-9]{2,8}-){0,2}(?=[A-Za-z_-]*[0-9])[A-Za-z0-9_]{16}[A-Za-z0-9_-]*"  # OpenAI and others
+    # OpenAI and others: mixed characters, or a long run of them, and always digits
+    r"|sk-(?!learn)(?=[A-Za-z_-]{0,99}[0-9])(?:(?=[a-z0-9_-]{0,99}[A-Z])|(?=[\w-]{0,20}?\w{16}))[\w-]{16,}"
     r"|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}"
     r"|glpat-[A-Za-z0-9_-]{16,}"
     r"|A[KS]IA[A-Z0-9]{16}"  # AWS key id
     r"|xox[abprs]-[A-Za-z0-9-]{10,}"  # Slack
     r"|wandb_v1_[A-Za-z0-9_]{20,}|local-[0-9a-f]{40}"
-    r"|eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"  # JWT
+    r"|(?<![_-])eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"  # JWT
     r")"
     r"|-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----[^-]*(?:-----END [A-Z ]{0,20}PRIVATE KEY-----)?"
 )
 # The user and password of a URL, also where pathlib has taken one of its slashes away.
 _USERINFO = re.compile(r"(://|\b(?:https?|ftp|s3|gs|git|ssh):/)(?!/)([^/\s?#'\"<>]+)@")
 _BEARER = re.compile(r"\b((?:bearer|basic) +)[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE)
-_ASSIGNED = re.compile(r"(?<![\w.-])([\w.-]{2,60})=(\"[^\"]*\"|'[^']*'|[^\s&;,'\"()\[\]{}<>]+)")
+_NOT_IN_VALUE = r"\s&;,'\"()\[\]{}<>"
+_ASSIGNED = re.compile(
+    rf"(?<![\w.-])([\w.-]{{2,60}})=(\"[^\"]*\"|'[^']*'|[^{_NOT_IN_VALUE}]*[^{_NOT_IN_VALUE}:.])"
+)
 _IN_QUERY = re.compile(r"([?&;](?:sig|key|x-amz-signature|x-goog-signature)=)[^&\s'\"#]+", re.IGNORECASE)
 
 
