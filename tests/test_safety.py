@@ -1,4 +1,4 @@
-"""What no file of the package may do: run code that came with data."""
+"""What no file of the package may do: run code that came with data, and write text past the redaction."""
 
 from __future__ import annotations
 
@@ -94,3 +94,57 @@ def test_the_ban_catches(source: str) -> None:
 def test_the_ban_lets_ordinary_code_pass() -> None:
     assert not list(offences("model.eval()\nre.compile('x')\nyaml.safe_load(t)\nf(trust_remote_code=c.t)"))
     assert len(FILES) > 20
+
+
+# Who writes otherwise than by `disk.write_json` and `disk.write_text`, which mask secrets, and why it may.
+WRITERS = {
+    "checkpoint/disk.py": "is that writer",
+    "checkpoint/format.py": "masks documents itself, and its manifest holds names and digests",
+    "config/claim.py": "writes what `to_yaml` has masked",
+    "data/page.py": "masks the data and not the script around them",
+    "data/store.py": "masks its ledger line by line",
+    "export/kquants.py": "opens the log of a worker that masks its output",
+    "export/probe.py": "answers `verify` through a private temporary folder",
+    "export/quantize.py": "opens the log of a worker that masks its output",
+    "export/shards.py": "writes tensors, and an index of their names",
+    "export/verify.py": "asks the probe through a private temporary folder: it must know the true paths",
+    "track/jsonl.py": "writes numbers",
+    "track/report.py": "masks what it reads and not the script around it",
+}
+
+
+def writings(source: str) -> list[str]:
+    """Calls that write a file's text or bytes by themselves."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Call(func=ast.Attribute(attr="write_text" | "write_bytes" as name, value=value)):
+                found += [name] * (ast.unparse(value) != "disk")
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="json"), attr="dump")):
+                found.append("json.dump")
+            case ast.Call(func=ast.Attribute(attr="open") | ast.Name(id="open"), args=args):
+                modes = [a.value for a in args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+                found += [f"open {mode}" for mode in modes if set(mode) <= set("wabx+t")]
+            case ast.Call(func=ast.Name(id="atomic_write") | ast.Attribute(attr="atomic_write")):
+                found.append("atomic_write")
+    return found
+
+
+@pytest.mark.parametrize(
+    "file", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
+)
+def test_text_is_written_by_the_one_writer_that_masks_secrets(file: Path) -> None:
+    found = writings(file.read_text(encoding="utf-8"))
+    assert bool(found) == (str(file.relative_to(PACKAGE)) in WRITERS), found
+
+
+def test_the_ban_on_writing_catches() -> None:
+    for source in (
+        "p.write_text(x)",
+        "json.dump(x, f)",
+        "p.open('w')",
+        "open(p, 'ab')",
+        "atomic_write(p, x)",
+    ):
+        assert writings(source), source
+    assert not writings("p.open('rb')\nopen(p)\nwrite_text(p, x)\njson.dumps(x)\np.open(mode)")

@@ -137,7 +137,7 @@ def test_a_masked_path_is_asked_for_again() -> None:
 
 
 @pytest.mark.parametrize(
-    "piece", ["eyJ", "sk-", "a=", "://a", "token=", "x.", "hf_", "-----BEGIN ", "@", '"a']
+    "piece", ["eyJ", "-eyJ", "sk-", "a=", "://a", "token=", "x.", "hf_", "-----BEGIN ", "@", '"a', "-"]
 )
 def test_hostile_text_is_masked_in_time_that_grows_with_its_length(piece: str) -> None:
     """A backtracking pattern would need hours for these, and every line of a log goes through here."""
