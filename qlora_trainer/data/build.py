@@ -18,6 +18,7 @@ from pathlib import Path
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
+from qlora_trainer.checkpoint import disk
 from qlora_trainer.data.chat import resolve_template, template_source
 from qlora_trainer.data.encode import Dropped, Encoder, Masking
 from qlora_trainer.data.example import Example
@@ -28,8 +29,9 @@ from qlora_trainer.data.rows import Row
 from qlora_trainer.data.scan import VERSION as SCAN_VERSION
 from qlora_trainer.data.scan import RowSplit, Scan, SourceReader, contents, digest, ready, scan
 from qlora_trainer.data.sources import Files, OpenSource, open_source
-from qlora_trainer.data.store import VERSION, DroppedRow, TokenizedData, Writer
+from qlora_trainer.data.store import VERSION, DroppedRow, TokenizedData, Writer, is_built
 from qlora_trainer.errors import ConfigError, DataError
+from qlora_trainer.system.terminal import to_stderr
 
 BATCH = 512  # rows tokenized at a time
 MANY_ROWS = 4096  # from so many on, starting processes is worth it
@@ -69,9 +71,10 @@ def load_tokenized(
         json.dumps(settings, sort_keys=True, default=str), tokenizer_fingerprint(tokenizer), *contents(opened)
     )
     folder = ready(options.cache_folder(cache_dir)) / key
-    if not (folder / "manifest.json").exists():
+    if not is_built(folder):
         with FileLock(folder.parent / f".{key}.lock"):
-            if not (folder / "manifest.json").exists():
+            if not is_built(folder, to_stderr):
+                disk.remove(folder)
                 found = scan(options, opened, role=role, seed=seed, cache_dir=cache_dir)
                 _build(
                     folder,

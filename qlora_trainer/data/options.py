@@ -7,12 +7,12 @@ options are made, so a wrong one ends the run before a file is opened.
 from __future__ import annotations
 
 import difflib
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.system import cache
 
 FORMATS = ("auto", "alpaca", "messages", "sharegpt", "prompt_completion", "text", "oasst")
 OVERLONG = ("drop", "truncate_left", "truncate_right", "split", "error")
@@ -141,8 +141,7 @@ class DataOptions:
 
     def cache_folder(self, given: str | Path | None = None) -> Path:
         """Where tokenized data are kept: `given`, `data.cache_dir`, or the user's cache."""
-        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "qlora_trainer" / "tokenized"
-        return Path(given or self.cache_dir or base).expanduser()
+        return Path(given or self.cache_dir or cache.root() / "tokenized").expanduser()
 
     def key(self) -> dict[str, Any]:
         """The settings that change which tokens come out (not where they are kept or who reads them)."""

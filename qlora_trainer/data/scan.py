@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_trainer.checkpoint.disk import write_json
+from qlora_trainer.checkpoint.disk import atomic_write
 from qlora_trainer.data import formats
 from qlora_trainer.data.example import Example
 from qlora_trainer.data.options import DataOptions, Source
@@ -29,8 +29,10 @@ from qlora_trainer.data.rows import Row
 from qlora_trainer.data.sources import Hub, OpenSource, open_source
 from qlora_trainer.data.trees import join_trees
 from qlora_trainer.errors import CheckpointError, DataError
+from qlora_trainer.system import cache, redact
+from qlora_trainer.system.terminal import to_stderr
 
-VERSION = 2  # of how rows are read and checked
+VERSION = 3  # of how rows are read and checked
 SHOWN = 5  # bad rows named in an error
 
 
@@ -91,11 +93,14 @@ def scan(
     }
     key = digest(json.dumps(settings, sort_keys=True), *contents(opened))
     kept = ready(options.cache_folder(cache_dir) / "scans") / f"{key}.json"
-    if kept.exists():
-        values = json.loads(kept.read_text(encoding="utf-8"))
-        return Scan(**values | {"duplicates": {tuple(pair) for pair in values["duplicates"]}})
+    try:
+        if values := cache.kept_record(kept):
+            return Scan(**values | {"duplicates": {tuple(pair) for pair in values["duplicates"]}})
+    except cache.DamagedError as error:
+        to_stderr(f"{error}: the rows are checked again")
     found = _read_all(options, opened, role, seed)
-    write_json(kept, asdict(found) | {"duplicates": sorted(found.duplicates)}, durable=False)
+    record = redact.tree(asdict(found) | {"duplicates": sorted(found.duplicates)})
+    atomic_write(kept, cache.with_digest(record), durable=False)
     return found
 
 

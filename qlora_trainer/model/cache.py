@@ -11,14 +11,14 @@ time is the kernel's own: whoever writes into a file, renames another in its pla
 its old date changes it; in the hub's cache a resolved path ends in the file's own hash besides.
 
     $XDG_CACHE_HOME/qlora_trainer/quantized/<name>-<key>/
-      model/    the checkpoint, and in record.json what it was made of and each file's size
+      model/    the checkpoint, and in record.json what it was made of (`system.cache`)
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -29,9 +29,8 @@ from filelock import FileLock, Timeout
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from qlora_trainer.checkpoint import disk
-from qlora_trainer.model.builtin import cache_root
 from qlora_trainer.model.shards import sample
-from qlora_trainer.system import redact
+from qlora_trainer.system import cache, redact
 
 LAYOUT = 1  # raise when what is kept, or how, changes
 SHARD = "500MB"  # of the checkpoint; writing holds one of them in memory
@@ -70,26 +69,25 @@ class KeptBase:
             "files": [_identity(path.resolve()) for path in files],
         }
         name = redact.text(f"{Path(source).name}-{key}")
-        return cls(cache_root() / "quantized" / name, redact.tree(made_of))
+        return cls(cache.root() / "quantized" / name, redact.tree(made_of))
 
     @property
     def folder(self) -> Path:
         return self.root / "model"
 
-    def ready(self) -> bool:
-        """Whether the whole checkpoint is there, made of what it should be."""
+    def ready(self, say: Callable[[str], None]) -> bool:
+        """Whether the whole checkpoint is there, made of what it should be and every byte as it was written.
+
+        Reading it takes as long as the disk does; loading finds it in memory then.
+        """
         try:
-            record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
-            sizes = {name: (self.folder / name).stat().st_size for name in record["bytes"]}
-        except (OSError, ValueError, KeyError, TypeError):
+            return cache.sealed(self.folder, RECORD) == {"made_of": self.made_of}
+        except cache.DamagedError as error:
+            say(f"the quantized base that was kept is made anew: {error}")
             return False
-        return bool(record == {"made_of": self.made_of, "bytes": sizes})
 
-    def keep(self, model: PreTrainedModel, *, anew: bool = False) -> None:
+    def keep(self, model: PreTrainedModel) -> None:
         """Writes `model` there, whole or not at all. Another process that is at it is left to it.
-
-        Args:
-            anew: what is there cannot be read.
 
         Raises:
             CheckpointError: no space, or the cache cannot be written.
@@ -97,15 +95,14 @@ class KeptBase:
 
         def fill(work: Path) -> None:
             model.save_pretrained(work, max_shard_size=SHARD)
-            sizes = {path.name: path.stat().st_size for path in sorted(work.iterdir())}
-            disk.write_json(work / RECORD, {"made_of": self.made_of, "bytes": sizes})
+            cache.seal(work, RECORD, {"made_of": self.made_of})
 
         with disk.disk_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             try:
                 with FileLock(self.root / ".lock", timeout=0):
                     disk.clean(self.root)  # what a killed process left
-                    if anew or not self.ready():
+                    if not self.ready(lambda line: None):
                         disk.publish_folder(self.folder, fill, needed=_nbytes(model) + (1 << 20))
             except Timeout:
                 return

@@ -26,12 +26,13 @@ from transformers import (
 )
 
 from qlora_trainer.errors import CheckpointError, ConfigError, MissingInputError
-from qlora_trainer.model.assemble import assemble, to_stderr
+from qlora_trainer.model.assemble import assemble
 from qlora_trainer.model.cache import KeptBase
 from qlora_trainer.model.files import KEY, strays
 from qlora_trainer.model.shards import stored_tensors
 from qlora_trainer.model.skeleton import first_line, read_configuration, stored_method
 from qlora_trainer.model.source import resolve, weight_files
+from qlora_trainer.system.terminal import to_stderr
 from qlora_trainer.track.quiet import quiet_gptqmodel
 
 BLOCKSIZE = 64  # elements that share one quantization constant, bitsandbytes' default and the paper's
@@ -132,15 +133,11 @@ def load_base(
         assemble, device=device, dtype=options.dtype, attn_implementation=options.attn_implementation, say=say
     )
     kept = _place_to_keep(source, quantization, options, device, say)
-    found = kept is not None and kept.ready()
-    if kept is not None and found:
-        try:
-            model = read(str(kept.folder), read_configuration(str(kept.folder)))
-            model.config.name_or_path = model.name_or_path = source
-            say(f"quantized before and kept: read from {kept.root}")
-            return _settled(model, options, device)
-        except MissingInputError as error:
-            say(f"the quantized base that was kept is made anew: {error}")
+    if kept is not None and kept.ready(say):
+        model = read(str(kept.folder), read_configuration(str(kept.folder)))
+        model.config.name_or_path = model.name_or_path = source
+        say(f"quantized before and kept: read from {kept.root}")
+        return _settled(model, options, device)
     model = read(
         source,
         config,
@@ -151,7 +148,7 @@ def load_base(
     model = _settled(model, options, device)
     if kept is not None:
         try:
-            kept.keep(model, anew=found)
+            kept.keep(model)
             say(f"the quantized base is kept in {kept.root}")
         except CheckpointError as error:  # the run goes on without
             say(f"model.cache_quantized: the quantized base is not kept: {error}")

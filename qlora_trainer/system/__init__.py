@@ -1,1 +1,2 @@
-"""What every room stands on: what leaves the process as text (`redact`), and the terminal (`terminal`)."""
+"""What every room stands on: what leaves the process as text (`redact`), the terminal (`terminal`), the
+user's cache (`cache`)."""

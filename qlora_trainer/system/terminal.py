@@ -50,5 +50,10 @@ class Terminal(Console):
                 yield segment._replace(text=printable(segment.text))
 
 
+def to_stderr(line: str) -> None:
+    """What a room says for itself where no caller takes its lines; on one line, however long."""
+    console.print(line, soft_wrap=True)
+
+
 console = Terminal(stderr=True, highlight=False)
 results = Terminal(highlight=False)

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 from qlora_trainer.data import DataOptions, TokenizedData, build, load_tokenized, tokenizer_fingerprint
-from qlora_trainer.errors import CheckpointError, ConfigError, DataError, MissingInputError
+from qlora_trainer.errors import ConfigError, DataError, MissingInputError
+from qlora_trainer.system import cache
+from tests.damage import DAMAGE, Damage, deleted
 from tests.data.conftest import ROWS, write_jsonl
 from tests.data.families import tokenizer
 
@@ -380,12 +382,39 @@ def test_processes_that_build_at_once_get_the_same_whole_data(rows_file: Path, t
     assert not list((tmp_path / "cache").glob(".building-*"))
 
 
-def test_a_damaged_cache_is_told_not_trained_on(load: Load, rows_file: Path) -> None:
+@pytest.mark.parametrize(
+    "file", ["tokens.i4", "weights.f4", "documents.bin", "ledger.jsonl", "manifest.json"]
+)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_tokens_are_made_anew_and_are_what_they_were(
+    load: Load, rows_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch, file: str, damage: Damage
+) -> None:
+    rows_file.write_bytes(rows_file.read_bytes() + dump({**GOOD, "output": 5}))
+    folder = load(rows_file, on_bad_row="skip").folder
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert len(whole) == 5 and all(whole.values())
+    monkeypatch.setattr(cache, "_checked", set())  # as in another process
+    damage(folder / file)
+    capsys.readouterr()
+    assert load(rows_file, on_bad_row="skip").folder == folder
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(folder / file) in line and "tokenized again" in line
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_scan_is_made_anew(
+    load: Load, rows_file: Path, capsys: pytest.CaptureFixture[str], damage: Damage
+) -> None:
     folder = load(rows_file).folder
-    with (folder / "tokens.i4").open("r+b") as stream:
-        stream.truncate(100)
-    with pytest.raises(CheckpointError, match=r"damaged \(tokens\.i4\); delete this folder"):
-        load(rows_file)
+    (scan,) = folder.parent.glob("scans/*.json")
+    whole = scan.read_bytes()
+    damage(scan)
+    shutil.rmtree(folder)  # the scan is read when something is tokenized
+    capsys.readouterr()
+    load(rows_file)
+    assert scan.read_bytes() == whole
+    assert capsys.readouterr().err.count("checked again") == (damage is not deleted)
 
 
 def test_many_rows_are_encoded_by_processes_with_the_same_result(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from importlib import metadata
@@ -13,6 +12,8 @@ import torch
 
 from qlora_trainer.errors import CheckpointError, MissingInputError
 from qlora_trainer.model import builtin
+from qlora_trainer.system import cache
+from tests.damage import DAMAGE, Damage
 
 NAME = "builtin:smollm2-135m-instruct"
 
@@ -87,30 +88,42 @@ def test_tokenizer_splits_digits_and_ends_its_turn_with_eos(folder: Path) -> Non
 
 
 @needs_package
-def test_a_converted_folder_is_recognised_without_reading_it(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_converted_folder_is_recognised(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtin, "_locate", lambda *_: pytest.fail("looked for the package"))
     assert builtin.resolve(NAME) == folder
 
 
 @needs_package
-def test_a_damaged_or_older_folder_is_made_anew(
-    private_cache: Path, capsys: pytest.CaptureFixture[str]
+def test_an_older_conversion_is_made_anew(
+    private_cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert builtin.resolve(NAME) == private_cache
-    assert capsys.readouterr().err.count("\n") == 1
-
-    (private_cache / "model.safetensors").write_bytes(b"weig")
+    with monkeypatch.context() as before:
+        before.setattr(builtin, "CONVERTER", 0)
+        assert builtin.resolve(NAME) == private_cache
+        assert capsys.readouterr().err.count("\n") == 1
+        older = (private_cache / builtin.RECORD).read_bytes()
     builtin.resolve(NAME)
-    assert (private_cache / "model.safetensors").read_bytes() == b"weights"
+    assert capsys.readouterr().err.count("converting") == 1
+    assert (private_cache / builtin.RECORD).read_bytes() != older
+    builtin.resolve(NAME)
+    assert capsys.readouterr().err == ""
 
-    record = json.loads((private_cache / builtin.RECORD).read_text())
-    (private_cache / builtin.RECORD).write_text(json.dumps(record | {"converter": 0}))
+
+@needs_package
+@pytest.mark.parametrize("file", ["model.safetensors", builtin.RECORD])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_folder_is_made_anew(
+    private_cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch, file: str, damage: Damage
+) -> None:
+    builtin.resolve(NAME)
+    whole = {path.name: path.read_bytes() for path in private_cache.iterdir()}
     capsys.readouterr()
+    monkeypatch.setattr(cache, "_checked", set())  # as in another process
+    damage(private_cache / file)
     builtin.resolve(NAME)
-    assert "converting" in capsys.readouterr().err
-    assert json.loads((private_cache / builtin.RECORD).read_text()) == record
+    assert {path.name: path.read_bytes() for path in private_cache.iterdir()} == whole
+    said, converting = capsys.readouterr().err.splitlines()
+    assert str(private_cache / file) in said and converting.startswith("converting")
 
 
 @needs_package

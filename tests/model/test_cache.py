@@ -21,7 +21,9 @@ from qlora_trainer.errors import MissingInputError
 from qlora_trainer.model import cache, load
 from qlora_trainer.model.assemble import assemble
 from qlora_trainer.model.load import BaseOptions, load_base
+from qlora_trainer.system import cache as system_cache
 from tests import tiny
+from tests.damage import DAMAGE, Damage
 from tests.model.test_assemble import assert_same, truncate
 
 CPU = torch.device("cpu")
@@ -139,19 +141,23 @@ def test_the_compute_dtype_is_the_loads_own(kept: Path, options: BaseOptions, so
     assert model.model.layers[0].mlp.up_proj.compute_dtype == torch.bfloat16
 
 
-def test_a_damaged_entry_is_made_anew(kept: Path, options: BaseOptions, sources: list[str]) -> None:
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "config.json", "generation_config.json", "record.json"]
+)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_entry_is_made_anew(
+    kept: Path, options: BaseOptions, sources: list[str], monkeypatch, file: str, damage: Damage
+) -> None:
     plain = load_base(options, CPU)
-    (weights,) = kept.glob("*/model/*.safetensors")
-
-    weights.write_bytes(weights.read_bytes()[:-1])  # its size is not the record's
-    assert_same(load_base(options, CPU), plain)
-    assert sources == [options.name_or_path] * 2
-
-    whole, said = weights.read_bytes(), []
-    weights.write_bytes(b"\xff" * len(whole))  # as long as it should be
+    (folder,) = kept.glob("*/model")
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(system_cache, "_checked", set())  # as in another process
+    damage(folder / file)
+    said: list[str] = []
     assert_same(load_base(options, CPU, said.append), plain)
-    assert len(said) == 2 and "is made anew" in said[0] and "is kept in" in said[1]
-    assert weights.read_bytes() == whole
+    assert sources == [options.name_or_path] * 2
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+    assert len(said) == 2 and "is made anew" in said[0] and file in said[0] and "is kept in" in said[1]
 
 
 def test_what_cannot_be_kept_is_said_and_the_run_goes_on(
