@@ -78,12 +78,11 @@ def verify_exports(config: RunConfig, exports: Mapping[str, Path]) -> None:
     write_json(root / RESULT, summary)
     write_text(root / "verify.md", markdown(verdicts, sample) + "\n")
     report.refresh(root.parent)
-    failed = [f"{verdict.name} {verdict.failures[0]}" for verdict in verdicts if not verdict.passed]
+    failed = [verdict for verdict in verdicts if not verdict.passed]
     if failed:
-        raise DivergedError(
-            f"verify: {'; '.join(failed)} (see {root / RESULT}; choose more bits or another format, or "
-            "accept it with export.max_kl)"
-        )
+        said = "; ".join(f"{verdict.name} {verdict.failures[0].text}" for verdict in failed)
+        remedies = {f"for {verdict.name}, {verdict.failures[0].remedy}": None for verdict in failed}
+        raise DivergedError(f"verify: {said} (see {root / RESULT}); {'; '.join(remedies)}")
 
 
 @dataclass(frozen=True)

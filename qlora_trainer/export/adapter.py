@@ -26,15 +26,13 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from qlora_trainer.checkpoint.disk import publish_folder, write_json, write_text
 from qlora_trainer.export.card import Card, licence_files, licence_of, render
-from qlora_trainer.inference.load import TRAINED_WITH, dtype_name
+from qlora_trainer.inference.load import ADAPTER_WEIGHTS, TRAINED_WITH, dtype_name
 from qlora_trainer.inference.stop import pad_id, stop_ids
 from qlora_trainer.model.fingerprint import base_fingerprint
 from qlora_trainer.model.load import BaseOptions
 from qlora_trainer.model.residual import adapter_settings, published_tensors
 from qlora_trainer.model.source import resolve
 from qlora_trainer.system import redact
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)

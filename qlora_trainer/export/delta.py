@@ -23,12 +23,10 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from qlora_trainer.errors import CheckpointError, ConfigError
-from qlora_trainer.inference.load import ADAPTER_CONFIG, read_json
+from qlora_trainer.inference.load import ADAPTER_CONFIG, ADAPTER_PREFIX, ADAPTER_WEIGHTS, read_json
 from qlora_trainer.model import residual
 from qlora_trainer.model.shards import ShardReader
 
-WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 # Settings of LoraConfig under which a layer computes something that no single weight expresses.
 _NOT_A_WEIGHT = {
     "lora_bias": "a bias on B",
@@ -142,14 +140,17 @@ def read_updates(adapter: Path) -> Updates:
     config = read_json(adapter / ADAPTER_CONFIG)
     _refuse(config, adapter)
     init = config.get("init_lora_weights")
-    reader = ShardReader(adapter / WEIGHTS)
+    reader = ShardReader(adapter / ADAPTER_WEIGHTS)
     updates = Updates()
     for key in reader.slots:
-        name = key.removeprefix(PREFIX)
+        name = key.removeprefix(ADAPTER_PREFIX)
         module, mark, part = name.partition(".lora_")
         if not mark:
-            # PEFT stores an embedding beside its low-rank update, for it may have been resized.
-            updates.replaced[name.replace(".base_layer.", ".")] = reader.read(key)
+            # PEFT stores an embedding beside its low-rank update, for it may have been resized; one that was
+            # trained whole it then stores three times: as it was, as it is, and under its own name.
+            if ".original_module." not in name:
+                plain = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+                updates.replaced[plain] = reader.read(key)
             continue
         parameter = f"{module}.weight"
         if parameter not in updates.low_rank:
@@ -164,10 +165,12 @@ def read_updates(adapter: Path) -> Updates:
             case "magnitude_vector":
                 update.magnitude = reader.read(key)
             case _:
-                raise CheckpointError(f"{adapter / WEIGHTS}: {key} is no part of LoRA that can be merged")
+                raise CheckpointError(
+                    f"{adapter / ADAPTER_WEIGHTS}: {key} is no part of LoRA that can be merged"
+                )
     for name, update in updates.low_rank.items():
         if update.a is None or update.b is None:
-            raise CheckpointError(f"{adapter / WEIGHTS}: half of the update of {name} is missing")
+            raise CheckpointError(f"{adapter / ADAPTER_WEIGHTS}: half of the update of {name} is missing")
         if update.embedding and update.magnitude is not None:
             raise ConfigError(
                 f"{adapter}: DoRA on embeddings cannot be merged; export.format=[adapter] works"

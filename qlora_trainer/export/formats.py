@@ -21,12 +21,12 @@ from qlora_trainer.errors import CheckpointError, ConfigError
 from qlora_trainer.export import bnb, gguf
 from qlora_trainer.export.base import Base, Held
 from qlora_trainer.export.card import Card, licence_files, licence_of, render
-from qlora_trainer.export.delta import WEIGHTS, Updates, read_updates
+from qlora_trainer.export.delta import Updates, read_updates
 from qlora_trainer.export.fingerprint import sha256, size_on_disk
 from qlora_trainer.export.merge import Merge, Progress
 from qlora_trainer.export.quantize import METHODS, QuantizeOptions, quantize
 from qlora_trainer.export.shards import narrow
-from qlora_trainer.inference.load import read_json
+from qlora_trainer.inference.load import ADAPTER_WEIGHTS, read_json
 from qlora_trainer.model.fingerprint import base_fingerprint
 from qlora_trainer.system import redact
 
@@ -190,7 +190,9 @@ class Exporter:
         """What the folder depends on; equal recipes give equal folders."""
         recipe: dict[str, Any] = {
             "format": kind,
-            "adapter_sha256": None if self.source.adapter is None else sha256(self._adapter / WEIGHTS),
+            "adapter_sha256": None
+            if self.source.adapter is None
+            else sha256(self._adapter / ADAPTER_WEIGHTS),
             "base": self.source.base,
             "base_revision": self.source.revision,
         }

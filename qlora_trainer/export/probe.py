@@ -3,7 +3,8 @@
 In: a request (JSON) naming the folder, the rows and where the trained model's logits are. Out: a result
 (JSON) with divergence, perplexity, answers and timings. `verify` runs it once for every model, the
 trained one first (or the plain base, where nothing was trained): that run writes the logits all others
-are compared with. Exports are loaded by plain transformers and PEFT; nothing of this package touches them.
+are compared with, says which texts they must turn into which ids, and compares merged exports with its own
+weights. Exports are loaded by plain transformers and PEFT, with what their card says must be done beside.
 
 Run as `python -m qlora_trainer.export.probe request.json result.json`.
 """
@@ -14,6 +15,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qlora_trainer.errors import QLoRAError
 from qlora_trainer.export.quantize import QuantizeOptions
+from qlora_trainer.export.reader import FolderReader, Reader, reader_of
 from qlora_trainer.train.signals import shield_worker
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+YARDSTICKS = ("trained", "plain")
 
 
 @dataclass(frozen=True)
@@ -48,51 +53,59 @@ def main(request_path: str, result_path: str) -> None:
     import transformers  # noqa: F401
 
     started = time.perf_counter()
-    model, tokenizer = _load(request)
+    model, reader = _load(request)
     result: dict[str, Any] = {"load_seconds": time.perf_counter() - started}
     rows = [Row(row["ids"], row["measured"]) for row in request["rows"]]
-    result |= _divergence(
-        model, rows, Path(request["logits"]), writes=request["kind"] in ("trained", "plain")
-    )
-    result["prompt_ids"] = _prompt_ids(tokenizer, request["conversation"])
-    result |= _answers(model, tokenizer, request)
+    yardstick = request["kind"] in YARDSTICKS
+    if yardstick:
+        # before the first forward, which may move quantized weights about
+        result["weights"] = {name: _weights(model, Path(f)) for name, f in request["merged"].items()}
+        result["texts"] = _texts(reader, rows)
+    else:
+        wrong = sum(reader.encode(t["text"], t["prefixed"]) != t["ids"] for t in request["texts"])
+        result |= {"texts": len(request["texts"]), "texts_differ": wrong}
+    result |= _divergence(model, rows, Path(request["logits"]), writes=yardstick)
+    result["prompt_ids"] = reader.prompt(request["conversation"])
+    result |= _answers(model, reader, request)
     Path(result_path).write_text(json.dumps(result), encoding="utf-8")
 
 
-def _load(request: dict[str, Any]) -> tuple[Any, Any]:
+def _load(request: dict[str, Any]) -> tuple[Any, Reader]:
     """The model by the loader of its kind, and the tokenizer that lies beside it."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    kind, folder, device = request["kind"], request["folder"], request["device"]
-    if kind in ("trained", "base"):  # as the trainer held them: the yardstick, not an export
-        from qlora_trainer.inference.load import load
+    from qlora_trainer.inference.load import fit_embeddings, load, load_base_alone
+    from qlora_trainer.model.load import keep_unpacked
 
+    kind, folder, device = request["kind"], Path(request["folder"]), request["device"]
+    if kind == "trained":  # as the trainer held it: the yardstick, not an export
         loaded = load(folder, base=request["base"], device=device)
-        model: Any = loaded.model
-        if kind == "base":
-            model = model.unload()
-        return model, loaded.tokenizer
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+        return loaded.model, FolderReader(folder, loaded.tokenizer)
+    if kind == "base":
+        loaded = load_base_alone(folder, base=request["base"], device=device)
+        return loaded.model, FolderReader(folder, loaded.tokenizer)
     dtype = DTYPES[request["dtype"]]
     if kind == "adapter":
         from peft import PeftModel
 
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             request["base"], dtype=dtype, device_map={"": device}, **_base_arguments(request["trained"])
         )
+        fit_embeddings(model, folder)
         model = PeftModel.from_pretrained(model, folder)
     elif kind == "gguf":
         from transformers import GgufConfig
 
-        (file,) = Path(folder).glob("*.gguf")
+        (file,) = folder.glob("*.gguf")
         model = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=file.name, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
         ).to(device)
     else:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map={"": device}, **kernel(Path(folder), device)
+            folder, dtype=dtype, device_map={"": device}, **kernel(folder, device)
         )
-    return model.eval(), tokenizer
+    keep_unpacked(model)
+    return model.eval(), reader_of(folder)
 
 
 def kernel(folder: Path, device: str) -> dict[str, Any]:
@@ -125,6 +138,36 @@ def _base_arguments(trained: dict[str, Any]) -> dict[str, Any]:
     if trained["method"] == "int8" and not trained["stored_quantized"]:
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     return {}
+
+
+def _weights(model: Any, folder: Path) -> dict[str, Any]:
+    """What `equality.compare` found of a merged export; `error` where it cannot be read."""
+    from qlora_trainer.export.equality import compare
+
+    try:
+        return compare(model, folder).as_dict()
+    except QLoRAError as error:
+        return {"error": str(error)}
+
+
+def _texts(reader: Reader, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Rows as text, with the ids that every export must turn it into.
+
+    Not every row is a text: one may be cut within a letter, or begin its answer as a text of its own. What
+    the trained model's tokenizer does not turn into the row's ids is left out.
+    """
+    from qlora_trainer.data.encode import prefix_ids
+
+    found, prefix = [], prefix_ids(reader.tokenizer)
+    for row in rows:
+        prefixed = bool(prefix) and row.ids[: len(prefix)] == prefix
+        own = row.ids[len(prefix) if prefixed else 0 :]
+        text = str(
+            reader.tokenizer.decode(own, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        )
+        if reader.encode(text, prefixed) == row.ids:
+            found.append({"text": text, "prefixed": prefixed, "ids": row.ids})
+    return found
 
 
 @torch.inference_mode()
@@ -160,27 +203,12 @@ def _divergence(model: Any, rows: list[Row], logits: Path, writes: bool) -> dict
     return measured
 
 
-def _prompt_ids(tokenizer: Any, conversation: list[dict[str, str]]) -> list[int] | None:
-    """Token ids of the conversation up to the answer; None without a template."""
-    if not tokenizer.chat_template:
-        return None
-    text = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-    return list(tokenizer.encode(text, add_special_tokens=False))
-
-
-def _answers(model: Any, tokenizer: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """Greedy answers to the questions with the stop tokens of the folder, and how fast they came.
+def _answers(model: Any, reader: Reader, request: dict[str, Any]) -> dict[str, Any]:
+    """Greedy answers to the questions with the stop tokens of the files, and how fast they came.
 
     One prompt at a time: padding would add its own rounding to the comparison.
     """
-    from transformers import GenerationConfig
-
-    folder = Path(request["folder"])
-    stops = request["stop_ids"]
-    if (folder / "generation_config.json").is_file():
-        stored = GenerationConfig.from_pretrained(folder).eos_token_id
-        if stored is not None:
-            stops = stored if isinstance(stored, list) else [stored]
+    stops = reader.stops() or request["stop_ids"]
     texts, stopped, made, seconds = [], 0, 0, 0.0
     for prompt in request["prompts"]:
         ids = torch.tensor([prompt], device=model.device)
@@ -197,7 +225,7 @@ def _answers(model: Any, tokenizer: Any, request: dict[str, Any]) -> dict[str, A
         seconds += time.perf_counter() - started
         made += len(output)
         stopped += output[-1] in stops
-        texts.append(tokenizer.decode(output, skip_special_tokens=True))
+        texts.append(reader.tokenizer.decode(output, skip_special_tokens=True))
     speed = made / seconds if seconds else None
     return {"answers": texts, "stopped": stopped, "stop_ids": stops, "tokens_per_second": speed}
 

@@ -4,15 +4,18 @@ In: an adapter and exports of it, held-out rows. Out: a `Verdict` for each expor
 files, and one table with the trained model and the base alone above them: an export that lost the
 tuning stands next to the base.
 
-Divergence is KL(trained ‖ export) in nats a token over the tokens that carry a label. An export passes if
+Divergence is KL(trained ‖ export) in nats a token over the tokens that carry a label. An export passes
+(`judge`) if
 
-    it is at most its bound (BOUNDS, or export.max_kl),
+    merged onto the base as trained, its every tensor is base + adapter, rounded once (`equality`),
+    it diverges by at most its bound (BOUNDS, or export.max_kl),
     it is far nearer to the trained model than the base is (KEEPS): otherwise the tuning is lost,
-    it turns the same conversation into the same token ids,
+    it turns the same conversation, and each row given as text, into the same token ids,
     it stops at every token that the trained model stops at,
     and its answers end with a stop token as often as the trained model's do (less one in ten).
 
-An export that cannot be loaded has failed too, and the others are measured all the same.
+The base alone is the base before anything was trained: without adapter and without `modules_to_save`. An
+export that cannot be loaded has failed too, and the others are measured all the same.
 
 `verify.json` beside an export holds `measured_on` (what the rows are) and `models`: the trained model,
 the base alone and this export, or, in `exports/verify.json`, every one. Of each, where it was measured:
@@ -24,6 +27,8 @@ the base alone and this export, or, in `exports/verify.json`, every one. Of each
     load_seconds tokens_per_second            of loading and of generating
     bytes sha256 max_kl                       of an export: its size, file -> digest, and its bound
     prompt_ids stop_ids                       token ids of CONVERSATION, and those that end an answer
+    texts texts_differ                        rows given as text, and how many became other token ids
+    weights                                   of a merged export: tensors compared, unequal, largest, strays
 """
 
 from __future__ import annotations
@@ -45,26 +50,10 @@ from qlora_trainer.errors import CheckpointError, ConfigError
 from qlora_trainer.evaluate.match import Question, match
 from qlora_trainer.export.card import markdown_table, with_measured
 from qlora_trainer.export.fingerprint import sha256, size_on_disk
+from qlora_trainer.export.judge import AGAIN, BOUNDS, Failure, judge, nats
 from qlora_trainer.export.worker_log import last_line
 
 RESULT = "verify.json"
-# Nats a token. Exact formats are held to rounding; the others to what 4 bits cost a small model that
-# was tuned on text of this kind (their purpose is size, and the table shows what it costs).
-BOUNDS = {
-    "adapter": 0.01,
-    "merged": 0.01,
-    "original": 1.0,  # merged onto other weights than were trained against: another model by intent
-    "int8": 0.05,
-    "gguf": 0.1,
-    "gptq": 0.3,
-    "awq": 0.3,
-    "rtn": 0.5,
-    "nf4": 0.5,
-}
-# The most an export may diverge, as a share of what the base alone does. An absolute bound lets a light
-# tuning get lost unseen: it was small to begin with.
-KEEPS = {"adapter": 0.1, "merged": 0.1}
-KEEPS_AT_LEAST = 0.5
 CONVERSATION = [
     {"role": "user", "content": "  Two spaces, 1234 digits and äöü —  what is 12+34?"},
     {"role": "assistant", "content": "46"},
@@ -114,7 +103,7 @@ class Verdict:
 
     name: str
     measured: Mapping[str, Any]
-    failures: tuple[str, ...] = ()
+    failures: tuple[Failure, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -146,6 +135,12 @@ def verify(
     for name, folder in exports.items():
         if not folder.is_dir():
             raise ConfigError(f"verify: no {name} export at {folder}; make it with export.format=[{name}]")
+    recipes = {
+        name: json.loads((folder / "export.json").read_text(encoding="utf-8"))
+        for name, folder in exports.items()
+    }
+    merged = {name: str(exports[name]) for name, recipe in recipes.items() if _kind_of(recipe) == "merged"}
+    texts: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="qlora-verify-") as work:
 
         def probe(name: str, kind: str, folder: Path) -> dict[str, Any]:
@@ -160,6 +155,8 @@ def verify(
                 "dtype": dtype,
                 "device": yardstick.device,
                 "rows": [{"ids": list(ids), "measured": list(measured)} for ids, measured in sample.rows],
+                "texts": texts,
+                "merged": merged,
                 "logits": work,
                 "conversation": CONVERSATION,
                 "prompts": [list(question.prompt_ids) for question in sample.questions],
@@ -179,55 +176,28 @@ def verify(
         if tuned is None:
             trained = probe("base", "plain", Path(yardstick.base))
         else:
-            trained, base = probe("trained model", "trained", tuned), probe("base alone", "base", tuned)
+            trained = probe("trained model", "trained", tuned)
+        weights = trained.pop("weights")
+        texts = trained.pop("texts")
+        if tuned is not None:
+            base = probe("base alone", "base", tuned)
         verdicts = [Verdict("trained model" if base else "base", trained | {"kl": 0.0, "top1": 1.0})]
         if base is not None:
             verdicts.append(Verdict("base alone", base))
         first = tuple(verdicts)
         for name, folder in exports.items():
-            recipe = json.loads((folder / "export.json").read_text(encoding="utf-8"))
-            kind = _kind_of(recipe)
+            kind = _kind_of(recipes[name])
             bound = BOUNDS[kind] if max_kl is None else max_kl
-            share = KEEPS.get(kind, KEEPS_AT_LEAST)
             measured = {"bytes": size_on_disk(folder), "sha256": digests(folder), "max_kl": bound}
             try:
-                measured |= probe(name, str(recipe["format"]), folder)
-                failures = judge(measured, trained, base, bound, share, len(sample.questions))
+                measured |= probe(name, str(recipes[name]["format"]), folder)
+                measured |= {"weights": weights[name]} if name in weights else {}
+                failures = judge(kind, measured, trained, base, len(sample.questions))
             except CheckpointError as error:
-                failures = (str(error).removeprefix(f"{name} "),)
+                failures = (Failure(str(error).removeprefix(f"{name} "), AGAIN),)
             verdicts.append(Verdict(name, measured, failures))
             _write(folder, [*first, verdicts[-1]], sample)
     return verdicts
-
-
-def judge(
-    measured: Mapping[str, Any],
-    trained: Mapping[str, Any],
-    base: Mapping[str, Any] | None,
-    bound: float,
-    share: float,
-    questions: int,
-) -> tuple[str, ...]:
-    """What is wrong with an export, each in a few words; empty if it passed.
-
-    Args:
-        share: of the base's divergence that is tolerated.
-        questions: how many were asked.
-    """
-    failures = []
-    kl = measured["kl"]
-    if not kl <= bound:  # NaN fails too
-        failures.append(f"diverges by {kl:.4f} nats a token, over the bound of {bound:g}")
-    if base is not None and not kl < share * base["kl"]:
-        lost = f"by {kl:.4f}, the base alone by {base['kl']:.4f} nats a token"
-        failures.append(f"the tuning is lost: it diverges {lost}")
-    if measured["prompt_ids"] != trained["prompt_ids"]:
-        failures.append("turns a conversation into other token ids")
-    if lost_stops := sorted(set(trained["stop_ids"]) - set(measured["stop_ids"])):
-        failures.append(f"does not stop at the tokens {', '.join(map(str, lost_stops))}")
-    if measured["stopped"] < trained["stopped"] - 0.1 * questions:
-        failures.append(f"ends {measured['stopped']} of {questions} answers, trained {trained['stopped']}")
-    return tuple(failures)
 
 
 def table(verdicts: Sequence[Verdict], sample: Sample) -> Table:
@@ -254,15 +224,14 @@ def markdown(verdicts: Sequence[Verdict], sample: Sample) -> str:
     text = [f"Measured on {sample.source}, each model reloaded in a fresh process.", ""]
     text.append(markdown_table(*_cells(verdicts)))
     for verdict in verdicts:
-        text += [f"\n**{verdict.name} failed:** {failure}." for failure in verdict.failures]
+        text += [f"\n**{verdict.name} failed:** {failure.text}." for failure in verdict.failures]
     return "\n".join(text)
 
 
 def as_dict(verdict: Verdict) -> dict[str, Any]:
     """Plain values for JSON."""
-    return {"model": verdict.name, "passed": verdict.passed, "failures": list(verdict.failures)} | dict(
-        verdict.measured
-    )
+    failures = [failure.text for failure in verdict.failures]
+    return {"model": verdict.name, "passed": verdict.passed, "failures": failures, **verdict.measured}
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -310,7 +279,7 @@ def _write(folder: Path, verdicts: Sequence[Verdict], sample: Sample) -> None:
 def _cells(verdicts: Sequence[Verdict], narrow: bool = False) -> tuple[list[str], list[list[str]]]:
     """Header and rows; columns that nobody has are left out, and `narrow` leaves out the bound."""
     wanted: list[tuple[str, str, Callable[[Any], str]]] = [
-        ("KL", "kl", lambda v: f"{v:.4f}"),
+        ("KL", "kl", nats),
         ("bound", "max_kl", lambda v: f"{v:g}"),
         ("top-1", "top1", lambda v: f"{v:.1%}"),
         ("ppl", "perplexity", lambda v: f"{v:.3f}"),

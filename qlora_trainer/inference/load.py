@@ -13,15 +13,18 @@ from typing import Any
 
 import peft
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_trainer.errors import CheckpointError, ConfigError, MissingInputError
 from qlora_trainer.model import residual
 from qlora_trainer.model.load import DTYPES, BaseOptions, load_base, load_tokenizer, pick_device, pick_dtype
+from qlora_trainer.model.shards import ShardReader
 
 TRAINED_WITH = "training.json"  # beside the adapter: how its base was held while it learned
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_PREFIX = "base_model.model."  # of every tensor's name in it
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def trained_base(adapter: Path, base: str | None = None, device: str = "auto") -
         raise ConfigError(f"{adapter / ADAPTER_CONFIG} names no base; set model.model_name_or_path=/a/folder")
     plain = BaseOptions(
         name_or_path=name,
-        revision=None if base else config.get("revision"),
+        revision=config.get("revision") if base in (None, config.get("base_model_name_or_path")) else None,
         method="none",
         dtype=pick_dtype("auto", pick_device(device)),
     )
@@ -123,6 +126,19 @@ def load(
     return Loaded(tuned, tokenizer, adapter_stops(adapter, tokenizer, model))
 
 
+def load_base_alone(folder: str | Path, base: str | None = None, device: str = "auto") -> Loaded:
+    """The adapter's base as `load` has it, before anything was trained; with the adapter's tokenizer.
+
+    Where the adapter came with more tokens, the base has rows for them, each the mean of its own.
+    """
+    adapter = find_adapter(folder)
+    options = trained_base(adapter, base, device)
+    model = load_base(options, pick_device(device))
+    fit_embeddings(model, adapter)
+    tokenizer = load_adapter_tokenizer(adapter, options)
+    return Loaded(model.eval(), tokenizer, adapter_stops(adapter, tokenizer, model))
+
+
 def load_adapter_tokenizer(adapter: Path, options: BaseOptions) -> PreTrainedTokenizerBase:
     """The tokenizer stored with the adapter, or its base's where there is none."""
     if (adapter / "tokenizer_config.json").is_file():
@@ -139,8 +155,9 @@ def put_adapter(model: PreTrainedModel, adapter: Path) -> peft.PeftModel:
         ConfigError: an adapter whose base was changed in a way that cannot be computed again.
     """
     residual.check_foreign(read_json(adapter / ADAPTER_CONFIG), adapter)
-    if not (adapter / "adapter_model.safetensors").is_file():
+    if not (adapter / ADAPTER_WEIGHTS).is_file():
         raise CheckpointError(f"{adapter}: no adapter_model.safetensors in it, and no pickle is read")
+    fit_embeddings(model, adapter)
     try:
         config = peft.PeftConfig.from_pretrained(str(adapter))
         init = getattr(config, "init_lora_weights", None)
@@ -157,7 +174,7 @@ def put_adapter(model: PreTrainedModel, adapter: Path) -> peft.PeftModel:
         raise CheckpointError(
             f"{adapter}: this adapter belongs to another base than {model.name_or_path}: {misfit}"
         ) from error
-    stored = _stored_dtypes(adapter)
+    stored = {key: slot.dtype for key, slot in ShardReader(adapter / ADAPTER_WEIGHTS).slots.items()}
     for name, parameter in tuned.named_parameters():
         key = name.replace(".modules_to_save.default", "").replace(".default", "")
         if key in stored:  # PEFT makes parameters in the base's dtype, whatever the file holds
@@ -168,13 +185,27 @@ def put_adapter(model: PreTrainedModel, adapter: Path) -> peft.PeftModel:
     return tuned
 
 
-def _stored_dtypes(adapter: Path) -> dict[str, torch.dtype]:
-    """The dtype of each tensor in the adapter's safetensors file; empty for adapters stored otherwise."""
-    path = adapter / "adapter_model.safetensors"
-    if not path.is_file():
-        return {}
-    with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118
+@torch.no_grad()
+def fit_embeddings(model: PreTrainedModel, adapter: Path) -> None:
+    """Gives `model` as many embeddings as the adapter stores, new ones being the mean of the others.
+
+    An adapter whose tokenizer got more tokens brings whole embeddings, which fit a resized base only.
+    """
+    inner = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    names = [f"{name}." for name, module in model.named_modules() if module is inner or module is head]
+    rows = {
+        slot.shape[0]
+        for key, slot in ShardReader(adapter / ADAPTER_WEIGHTS).slots.items()
+        if "lora_" not in key and key.removeprefix(ADAPTER_PREFIX).startswith(tuple(names))
+    }
+    before = inner.weight.shape[0]
+    if len(rows) == 1 and rows != {before}:
+        model.resize_token_embeddings(rows.pop(), mean_resizing=False)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if module is not None and len(module.weight) > before:
+                module.weight[before:] = module.weight[:before].mean(0)
+        model.requires_grad_(False)
 
 
 def adapter_stops(

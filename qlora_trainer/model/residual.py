@@ -199,6 +199,11 @@ def base_alone(model: PeftModel) -> Iterator[None]:
         yield
 
 
+def changed_base(model: nn.Module) -> bool:
+    """Whether the base's weights in memory are residuals."""
+    return bool(getattr(model, "beginnings", None))
+
+
 class _Principal:
     """A forward hook that adds s·B0·A0·x to the output of a layer whose weight is the residual."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -15,6 +17,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from qlora_trainer.errors import CheckpointError
+from qlora_trainer.export import probe
 from qlora_trainer.export.adapter import TrainedOn, export_adapter
 from qlora_trainer.model.load import BaseOptions, load_base
 from qlora_trainer.model.lora import LoraOptions, attach
@@ -87,3 +91,14 @@ def stir(model: peft.PeftModel, scale: float) -> None:
         if parameter.requires_grad:
             noise = torch.randn(parameter.shape, generator=generator) * scale
             parameter.data += noise.to(parameter.dtype)
+
+
+def probe_here(name: str, request: dict[str, Any], work: Path) -> dict[str, Any]:
+    """`verify.run_probe` without its process, whose start costs seconds; one test starts the real one."""
+    asked, answered = work / "request.json", work / "result.json"
+    asked.write_text(json.dumps(request))
+    try:
+        probe.main(str(asked), str(answered))
+    except Exception as error:  # in the process it ends in, every one is that probe's failure
+        raise CheckpointError(f"{name} cannot be loaded and measured: {error}") from error
+    return dict(json.loads(answered.read_text()))

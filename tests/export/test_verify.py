@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from qlora_trainer.evaluate.match import Question
 from qlora_trainer.export.base import Base, Held
 from qlora_trainer.export.delta import read_updates
 from qlora_trainer.export.formats import Exporter, ExportOptions, Source
+from qlora_trainer.export.judge import BOUNDS, judge
 from qlora_trainer.export.merge import Merge
-from qlora_trainer.export.verify import Sample, Yardstick, judge, markdown, run_probe, verify
+from qlora_trainer.export.verify import Sample, Yardstick, markdown, run_probe, verify
 from qlora_trainer.inference.load import read_json
+from qlora_trainer.model.load import load_base
 from qlora_trainer.model.lora import LoraOptions
 from tests.export import runs
 
@@ -56,7 +59,12 @@ def exporter(run, **options):
     return Exporter(source(run), ExportOptions(**options), run.adapter.parent / "exports", runs.CPU, list)
 
 
-def test_planted_wrong_merges_fail_and_the_right_one_passes(tmp_path):
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.setattr("qlora_trainer.export.verify.run_probe", runs.probe_here)
+
+
+def test_planted_wrong_merges_fail_and_the_right_one_passes(tmp_path, here):
     # A small update, as after real training, which quantizing again can swallow.
     run = runs.make(tmp_path, lora=LoraOptions(r=4, lora_alpha=4, dtype=torch.float32), scale=0.05)
     exports = exporter(run)
@@ -81,7 +89,24 @@ def test_planted_wrong_merges_fail_and_the_right_one_passes(tmp_path):
     broken = shutil.copytree(right, root / "broken") / "model.safetensors"
     broken.write_bytes(broken.read_bytes()[:-1000])
     coarse = Held("fp4", True, torch.float32)
+
+    def stale(name):
+        """One tensor of an older save, as a left-over shard of the base would bring it: no divergence."""
+        shutil.copytree(right, root / name)
+        path = root / name / "model.safetensors"
+        tensors = load_file(path)
+        tensors["model.norm.weight"] += 1e-3
+        save_file(tensors, path, metadata={"format": "pt"})
+        return root / name
+
+    def doubled(name):
+        shutil.copytree(right, root / name)
+        shutil.copy(root / name / "model.safetensors", root / name / "model-00001-of-00001.safetensors")
+        return root / name
+
     planted = {
+        "stale": stale("stale"),
+        "doubled": doubled("doubled"),
         "dropped": plant("dropped", lambda plain, tuned: plain),
         "twice": plant("twice", lambda plain, tuned: plain + 2 * (tuned - plain)),
         "requantized": plant("requantized", lambda plain, tuned: coarse.round_trip(tuned)),
@@ -96,8 +121,13 @@ def test_planted_wrong_merges_fail_and_the_right_one_passes(tmp_path):
     assert found["base alone"].measured["kl"] > 100 * found["merged"].measured["kl"]
     for name in planted:
         assert not found[name].passed, name
-    assert "cannot be loaded and measured" in found["broken"].failures[0]
-    assert "the tuning is lost" in " ".join(found["dropped"].failures)
+    assert found["merged"].measured["weights"]["tensors"] == 21
+    assert found["merged"].measured["texts_differ"] == 0
+    assert found["stale"].measured["kl"] < 1e-4
+    assert "1 of 21 tensors are not base + adapter, model.norm.weight first" in said(found["stale"])
+    assert "no loader reads: model-00001-of-00001.safetensors" in said(found["doubled"])
+    assert "cannot be loaded and measured" in found["broken"].failures[0].text
+    assert "the tuning is lost" in said(found["dropped"])
     assert found["dropped"].measured["kl"] == pytest.approx(found["base alone"].measured["kl"], abs=1e-5)
 
     stored = json.loads((planted["twice"] / "verify.json").read_text())["models"]
@@ -109,7 +139,43 @@ def test_planted_wrong_merges_fail_and_the_right_one_passes(tmp_path):
     assert "| ✗ twice |" in markdown(verdicts, sample())
 
 
-MEASURED = {"kl": 0.001, "prompt_ids": [1, 2], "stopped": 10, "stop_ids": [2, 5]}
+def test_the_base_alone_is_without_what_was_trained_whole(tmp_path, here):
+    """A tuning that `modules_to_save` carries: its merge passes, the base itself is called lost."""
+    lora = LoraOptions(r=1, lora_alpha=0.001, modules_to_save=["lm_head"], dtype=torch.float32)
+    run = runs.make(tmp_path, lora=lora, scale=0.1)
+    exports = exporter(run)
+    right = exports.export("merged")
+    lost = Exporter(
+        replace(source(run), adapter=None), ExportOptions(), tmp_path / "lost", runs.CPU, list
+    ).export("merged")
+    _, base, merged, base_again = verify(yardstick(run), {"merged": right, "lost": lost}, sample())
+    assert merged.passed, said(merged)
+    assert base.measured["kl"] > 0.1
+    assert "the tuning is lost" in said(base_again)
+    assert base_again.measured["kl"] == pytest.approx(base.measured["kl"], abs=1e-5)
+    plain = load_base(run.options, runs.CPU)
+    nll = [plain(input_ids=torch.tensor([ids]), labels=_labels(ids, m)).loss for ids, m in sample().rows]
+    assert base.measured["perplexity"] == pytest.approx(float(torch.stack(nll).mean().exp()), rel=1e-4)
+
+
+def _labels(ids, measured):
+    return torch.tensor([[i if m else -100 for i, m in zip(ids, measured, strict=True)]])
+
+
+def said(verdict):
+    return " ".join(failure.text for failure in verdict.failures)
+
+
+MEASURED = {
+    "kl": 0.001,
+    "max_kl": 0.01,
+    "prompt_ids": [1, 2],
+    "texts": 4,
+    "texts_differ": 0,
+    "stopped": 10,
+    "stop_ids": [2, 5],
+    "weights": {"tensors": 20, "unequal": [], "largest": 0.0, "strays": []},
+}
 BASE = {"kl": 0.4}
 
 
@@ -118,19 +184,37 @@ BASE = {"kl": 0.4}
     [
         ({"kl": 0.02}, "over the bound"),
         ({"kl": float("nan")}, "over the bound"),
-        ({"prompt_ids": [1, 1, 2]}, "other token ids"),
-        ({"prompt_ids": None}, "other token ids"),
+        ({"prompt_ids": [1, 1, 2]}, "conversation into other token ids"),
+        ({"prompt_ids": None}, "conversation into other token ids"),
+        ({"texts_differ": 3}, "turns 3 of 4 rows into other token ids"),
         ({"stopped": 8}, "ends 8 of 10"),
         ({"stop_ids": [5]}, "does not stop at the tokens 2"),
+        ({"weights": MEASURED["weights"] | {"unequal": ["a", "b"]}}, "2 of 20 tensors are not base"),
+        ({"weights": MEASURED["weights"] | {"strays": ["old.safetensors"]}}, "no loader reads: old"),
+        ({"weights": {"error": "cut short"}}, "cannot be read: cut short"),
     ],
 )
 def test_each_promise_is_judged(change, word):
-    assert judge(MEASURED, MEASURED, BASE, 0.01, 0.1, 10) == ()
-    assert word in " ".join(judge(MEASURED | change, MEASURED, BASE, 0.01, 0.1, 10))
+    assert judge("merged", MEASURED, MEASURED, BASE, 10) == ()
+    failures = judge("merged", MEASURED | change, MEASURED, BASE, 10)
+    assert word in " ".join(failure.text for failure in failures)
 
 
 def test_nearer_to_the_base_is_lost_even_under_the_bound():
-    assert "tuning is lost" in judge(MEASURED | {"kl": 0.21}, MEASURED, BASE, 0.5, 0.5, 10)[0]
+    (failure,) = judge("gguf", MEASURED | {"kl": 0.21, "max_kl": 0.5}, MEASURED, BASE, 10)
+    assert "tuning is lost" in failure.text
+
+
+@pytest.mark.parametrize("kind", BOUNDS)
+def test_advice_fits_the_case(kind):
+    (over,) = judge(kind, MEASURED | {"kl": 0.02}, MEASURED, BASE, 10)
+    assert "export.max_kl" in over.remedy
+    (lost,) = judge(kind, MEASURED | {"kl": 0.3, "max_kl": 1.0}, MEASURED, BASE, 10)
+    assert "export.max_kl" not in lost.remedy  # it does not lift that test
+    for failure in (over, lost):
+        assert ("export.calibration" in failure.remedy) == (kind in ("gptq", "awq"))
+        assert ("bits" in failure.remedy) == (kind in ("gptq", "awq", "rtn"))
+        assert "adapter" not in kind or "base" in failure.remedy
 
 
 def test_what_cannot_be_measured_is_said(tmp_path):
