@@ -9,7 +9,8 @@ import torch
 from qlora_trainer.commands import wiring
 from qlora_trainer.commands.plan import facts_of, plan_of, settled
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.data import load_tokenized, screen
+from qlora_trainer.data import TokenizedData, load_tokenized, screen
+from qlora_trainer.data.overlap import shared_documents
 from qlora_trainer.data.page import write_page
 from qlora_trainer.data.survey import Survey, survey
 from qlora_trainer.model.load import load_tokenizer
@@ -26,6 +27,7 @@ def run(config: RunConfig) -> None:
     ranks = Ranks(torch.device("cpu"))
     options = wiring.data_options(config)
     surveys: dict[str, Survey] = {}
+    trained_on: TokenizedData | None = None
     for role in ("train", "eval") if options.has_eval else ("train",):
         data = load_tokenized(
             options, tokenizer, max_length=config.train.max_length, seed=config.seed, role=role
@@ -33,7 +35,9 @@ def run(config: RunConfig) -> None:
         if config.train.per_device_train_batch_size == AUTO:
             config = settled(config, plan_of(config, facts_of(data), ranks.world_size))
         loader = wiring.train_loader(config, tokenizer, data, ranks)
-        surveys[role] = survey(data, loader, options, tokenizer, role=role, seed=config.seed)
+        shared = shared_documents(trained_on, data) if trained_on is not None else 0
+        surveys[role] = survey(data, loader, options, tokenizer, role=role, seed=config.seed, shared=shared)
+        trained_on = data
     if not ranks.main:
         return
     screen.show(surveys, results)

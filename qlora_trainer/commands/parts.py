@@ -23,7 +23,7 @@ from qlora_trainer.checkpoint.format import ADAPTER, Checkpoint
 from qlora_trainer.commands import wiring
 from qlora_trainer.commands.plan import facts_of, plan_of
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.data import TokenizedData
+from qlora_trainer.data import TokenizedData, overlap
 from qlora_trainer.data.screen import NOTES, REASONS
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.fingerprint import base_fingerprint
@@ -160,6 +160,12 @@ def describe_data(data: TokenizedData, held_out: list[TokenizedData]) -> str:
     return "\n".join(lines)
 
 
+def concerns(config: RunConfig, data: TokenizedData, held_out: list[TokenizedData]) -> list[str]:
+    """What is probably not meant about the data, a line for each. Raises DataError where it cannot be."""
+    remarks = [remark for part in (data, *held_out) for remark in part.ledger.remarks]
+    return list(dict.fromkeys(remarks)) + overlap.check(data, held_out, given=bool(config.data.eval_path))
+
+
 def facts_of_start(ranks: Ranks) -> dict[str, Any]:
     """What status.json says of the machine, the libraries and the line that started this process."""
     launcher = f"accelerate launch --multi_gpu --num_processes {ranks.world_size}" * (ranks.world_size > 1)
@@ -187,6 +193,7 @@ def facts_of_data(data: TokenizedData, held_out: list[TokenizedData]) -> list[di
             "rows": part.ledger.read,
             "dropped": {REASONS.get(name, name): count for name, count in part.ledger.dropped.items()},
             "notes": {NOTES.get(name, name): count for name, count in part.ledger.notes.items()},
+            "remarks": part.ledger.remarks,
             "documents": len(part),
             "tokens": part.n_tokens,
             "supervised": part.n_supervised,

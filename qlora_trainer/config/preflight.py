@@ -20,23 +20,10 @@ from qlora_trainer.config.claim import refuse_foreign
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.config.watch import as_dict, plain
 from qlora_trainer.data.options import DataOptions
+from qlora_trainer.data.rows import supported
 from qlora_trainer.data.scan import check_rows
 from qlora_trainer.errors import ConfigError, MissingInputError
 from qlora_trainer.model import source
-
-DATA_SUFFIXES = (
-    ".json",
-    ".jsonl",
-    ".csv",
-    ".tsv",
-    ".parquet",
-    ".txt",
-    ".gz",
-    ".bz2",
-    ".xz",
-    ".zst",
-    ".arrow",
-)
 
 
 def check(config: RunConfig, command: str) -> None:
@@ -92,9 +79,7 @@ def check_data(path: Any, key: str) -> None:
         if entry is None or ":" in entry.partition("/")[0]:
             continue
         file = Path(entry).expanduser()
-        plainly_a_file = (
-            entry.startswith((".", "/", "~")) or file.suffix in DATA_SUFFIXES or entry.count("/") > 1
-        )
+        plainly_a_file = entry.startswith((".", "/", "~")) or supported(file) or entry.count("/") > 1
         if plainly_a_file and not any(character in entry for character in "*?[") and not file.exists():
             raise MissingInputError(f"{key}: {entry} does not exist; {_beside(file)}")
 

@@ -9,15 +9,19 @@ Comes in: `DataOptions` and a tokenizer. Goes out: `TokenizedData` and, from it,
 
 options.py   what the room is told            sources.py   files, folders, hub, built-in
 problems.py  what can be wrong with a row     example.py   what one row teaches, checked
+folders.py   which files of a folder          splits.py    which part data.split means
+rows.py      files to rows, with their lines  lines.py     bytes to lines
+jsonfile.py  … of JSON in every shape         tables.py    … of Parquet and Arrow
 turns.py     turns, and their order           tools.py     schemas and calls in one form
-rows.py      files to rows, with their lines  trees.py     OASST messages to trees
-formats.py   rows to checked examples         scan.py      every row read and checked, without torch
+formats.py   rows to checked examples         trees.py     OASST messages to trees
+scan.py      every row read and checked, without torch
 chat.py      templates, and where turns lie   encode.py    examples to ids and loss weights
 parallel.py  encoding by several processes    store.py     documents on disk
 build.py     all of the above, cached         packing.py   documents to packs
 order.py     one epoch's rows, in order       loader.py    (seed, epoch, index) to batches
 batch.py     what the model gets              survey.py    what there is to learn from
 screen.py    … on the terminal                page.py      … as a page
+overlap.py   held-out rows that are trained on
 """
 
 from importlib import import_module

@@ -86,7 +86,7 @@ def load_tokenized(
                     max_length,
                     stamps,
                 )
-    return TokenizedData(folder)
+    return TokenizedData(folder, [line for source in opened for line in source.beside])
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -160,6 +160,7 @@ def _build(
                 "read": found.read,
                 "kept": kept,
                 "notes": dict(+encoder.notes),
+                "remarks": found.remarks,
                 "chat_template": template.source if template else None,
                 "template_origin": template.origin if template else None,
                 "stop_token_ids": template.stop_token_ids if template else [tokenizer.eos_token_id],
@@ -207,5 +208,5 @@ def _write(writer: Writer, entries: list[Entry], results: Iterable[Result], skip
             continue
         kept += 1
         for document in outcome:
-            writer.add(document, index, row.file, row.line)
+            writer.add(document, index, row)
     return kept

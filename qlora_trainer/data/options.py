@@ -25,7 +25,9 @@ class Source:
 
     Attributes:
         path: file, folder, hub name or `builtin:…`.
-        name, split, revision: of a dataset on the hub (`split` also of a built-in one).
+        name, revision: of a dataset on the hub.
+        split: of a dataset on the hub or a built-in one, of a folder whose files tell theirs by name, or of a
+            JSON document; None: held-out rows, validation or else test.
         format: one of FORMATS.
         columns: our column name -> the source's.
         weight: how often a row is seen per epoch; 0.5 draws half of the rows anew each epoch.
@@ -127,7 +129,8 @@ class DataOptions:
                 raise ConfigError(f"{key}: unknown key {name!r} of a source; {hint}")
         shared: dict[str, Any] = {
             "name": self.name,
-            "split": self.split,
+            # A folder that is held out may have a part for it; on the hub there is no looking first.
+            "split": None if own_eval and Path(entry["path"]).expanduser().exists() else self.split,
             "revision": self.revision,
             "format": self.format,
             "columns": self.columns,

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from array import array
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -23,16 +24,17 @@ import numpy as np
 from qlora_trainer.checkpoint.disk import atomic_write
 from qlora_trainer.data import formats
 from qlora_trainer.data.example import Example
+from qlora_trainer.data.lines import place
 from qlora_trainer.data.options import DataOptions, Source
 from qlora_trainer.data.problems import Problem, RowError
 from qlora_trainer.data.rows import Row
-from qlora_trainer.data.sources import Hub, OpenSource, open_source
+from qlora_trainer.data.sources import Files, Hub, OpenSource, open_source
 from qlora_trainer.data.trees import join_trees
 from qlora_trainer.errors import CheckpointError, DataError
 from qlora_trainer.system import cache, redact
 from qlora_trainer.system.terminal import to_stderr
 
-VERSION = 3  # of how rows are read and checked
+VERSION = 4  # of how rows are read and checked
 SHOWN = 5  # bad rows named in an error
 
 
@@ -45,6 +47,7 @@ class Scan:
         conversations: whether any of them needs a chat template.
         formats: of each source.
         duplicates: (source, ordinal of the row) of rows that repeat an id.
+        remarks: what was found and not read, a line for each.
         bad: how many rows are bad; `first` describes the first ones as `file:line: field: problem`.
     """
 
@@ -52,6 +55,7 @@ class Scan:
     conversations: bool = False
     formats: list[str] = field(default_factory=list)
     duplicates: set[tuple[int, int]] = field(default_factory=set)
+    remarks: list[str] = field(default_factory=list)
     bad: int = 0
     first: list[str] = field(default_factory=list)
 
@@ -118,11 +122,12 @@ def _read_all(options: DataOptions, opened: list[OpenSource], role: str, seed: i
                 continue
             found.conversations |= not example.raw
             assert isinstance(row.value, dict)
-            ids.add(row.value.get("id"), ordinal, row)
-        for ordinal, where, line in ids.repeated():
-            found.report(where, Problem("id", f"the same as in line {line}"))
+            ids.add(row, ordinal)
+        for ordinal, where, first in ids.repeated():
+            found.report(where, Problem("id", f"the same as in {first}"))
             found.duplicates.add((index, ordinal))
         found.formats.append(reader.format)
+        found.remarks += reader.remarks()
     if not found.read:
         held = " held out" if split.fraction else ""
         raise DataError(f"{names}: empty: no rows{held}; check data.path, data.split and data.eval_fraction")
@@ -161,29 +166,47 @@ def ready(folder: Path) -> Path:
 
 
 class _Ids:
-    """Rows' own ids, 32 bytes each, to find repeated ones."""
+    """Rows' own ids, 40 bytes each, to find repeated ones.
+
+    A number may only number the rows of its shard, so it repeats another row's id only if the rows are equal.
+    """
 
     def __init__(self) -> None:
-        self.hashes, self.ordinals, self.lines, self.files = array("q"), array("q"), array("q"), array("q")
+        self.hashes, self.ordinals, self.lines = array("q"), array("q"), array("q")
+        self.files, self.elements = array("q"), array("q")
         self.names: dict[str, int] = {}
 
-    def add(self, value: Any, ordinal: int, row: Row) -> None:
-        if isinstance(value, str | int) and not isinstance(value, bool):
-            self.hashes.append(hash((value,)))
-            self.ordinals.append(ordinal)
-            self.lines.append(row.line)
-            self.files.append(self.names.setdefault(row.file, len(self.names)))
+    def add(self, row: Row, ordinal: int) -> None:
+        assert isinstance(row.value, dict)
+        value = row.value.get("id")
+        if not isinstance(value, str | int) or isinstance(value, bool):
+            return
+        numbered = isinstance(value, int) or re.fullmatch(r"\s*-?\d+\s*", value)
+        self.hashes.append(_hash(row.value if numbered else [value]))
+        self.ordinals.append(ordinal)
+        self.lines.append(row.line)
+        self.elements.append(-1 if row.element is None else row.element)
+        self.files.append(self.names.setdefault(row.file, len(self.names)))
 
-    def repeated(self) -> Iterator[tuple[int, str, int]]:
-        """(ordinal, `file:line`, line of the first) of each row whose id came before."""
-        names = list(self.names)
+    def repeated(self) -> Iterator[tuple[int, str, str]]:
+        """(ordinal, its place, the place of the first) of each row whose id came before."""
         hashes = np.frombuffer(self.hashes, dtype=np.int64) if self.hashes else np.empty(0, dtype=np.int64)
         order = np.argsort(hashes, kind="stable")
         same = np.flatnonzero(hashes[order][1:] == hashes[order][:-1]) + 1
-        for place in np.sort(order[same]):
-            first = order[np.searchsorted(hashes[order], hashes[place])]
-            where = f"{names[self.files[place]]}:{self.lines[place]}"
-            yield self.ordinals[place], where, self.lines[first]
+        for at in np.sort(order[same]):
+            first = order[np.searchsorted(hashes[order], hashes[at])]
+            yield self.ordinals[at], self._place(at), self._place(first)
+
+    def _place(self, at: int) -> str:
+        element = self.elements[at]
+        name = list(self.names)[self.files[at]]
+        return place(name, self.lines[at], None if element < 0 else element)
+
+
+def _hash(value: Any) -> int:
+    """8 bytes of a JSON value, the same in every process."""
+    text = json.dumps(value, sort_keys=True, default=str).encode(errors="replace")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big", signed=True)
 
 
 @dataclass(frozen=True)
@@ -202,11 +225,8 @@ class RowSplit:
         if not self.fraction:
             return True
         text = f"{self.seed} {json.dumps(row, sort_keys=True, default=str)}"
-        place = (
-            int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest(), "big")
-            / 2**64
-        )
-        return (place < self.fraction) == (self.role == "eval")
+        digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest()
+        return (int.from_bytes(digest, "big") / 2**64 < self.fraction) == (self.role == "eval")
 
 
 class SourceReader:
@@ -218,12 +238,15 @@ class SourceReader:
     def __init__(self, source: Source, opened: OpenSource, split: RowSplit) -> None:
         self.source, self.opened, self.split = source, opened, split
         self.format = source.format
+        self.files: set[str] | None = set()  # that had rows; None if reading stopped before the last one
 
     def __iter__(self) -> Iterator[tuple[Row, Example | Problem]]:
         read: formats.Reader | None = None
         taken = 0
         rows = self.opened.rows()
         for row in join_trees(rows) if self.source.format in ("auto", "oasst") else rows:
+            if self.files is not None:
+                self.files.add(row.file)
             if isinstance(row.value, Problem):
                 yield row, row.value
                 continue
@@ -238,7 +261,15 @@ class SourceReader:
             yield row, example
             taken += 1
             if taken == self.source.max_rows:
+                self.files = None
                 return
+
+    def remarks(self) -> list[str]:
+        """What reading all rows has shown: lists that are not read, files without rows."""
+        if not isinstance(self.opened, Files):
+            return []
+        empty = [path for path in self.opened.paths if self.files is not None and str(path) not in self.files]
+        return self.opened.inside() + [f"{path}: empty: no rows" for path in empty]
 
     def _reader(self, row: Row, value: dict[str, Any]) -> formats.Reader:
         columns = dict(self.source.columns)

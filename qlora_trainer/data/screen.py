@@ -10,6 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from qlora_trainer.data import overlap
 from qlora_trainer.data.survey import BatchDocument, Survey
 
 BAR = 32  # characters of the longest histogram bar
@@ -96,7 +97,8 @@ def prompt_words(survey: Survey) -> str:
 def warnings(survey: Survey) -> list[str]:
     """Lines about what is probably not meant."""
     ledger = survey.ledger
-    lines = [f"{ledger.notes[note]:,} rows {NOTES[note]}" for note in WORRYING if note in ledger.notes]
+    lines = [*ledger.remarks, *overlap.told(survey.shared, survey.documents)]
+    lines += [f"{ledger.notes[note]:,} rows {NOTES[note]}" for note in WORRYING if note in ledger.notes]
     if survey.prompts.difference:
         lines.append(f"prompt ids differ at inference, first in {survey.prompts.difference}")
     cut = ledger.notes.get("truncated", 0)

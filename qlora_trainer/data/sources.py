@@ -10,24 +10,28 @@ import hashlib
 import importlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from qlora_trainer.data.folders import files_in, why
 from qlora_trainer.data.options import Source
-from qlora_trainer.data.rows import Row, read_rows, supported
-from qlora_trainer.errors import ConfigError, DataError, MissingInputError
+from qlora_trainer.data.rows import Row, passed_over, read_rows, reader_of, supported
+from qlora_trainer.data.splits import refuse_slice
+from qlora_trainer.data.tables import row_change
+from qlora_trainer.errors import ConfigError, MissingInputError
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 BUILTIN = {"restaurant": ("train", "eval_names", "eval_phrasings")}
 
 
 class OpenSource(Protocol):
-    """Rows of one source, and what identifies them."""
+    """Rows of one source, and what identifies them; `beside` tells what lies there and is not read."""
 
     name: str
+    beside: Sequence[str]
 
     def digest(self) -> str:
         """Hex digest of the content: equal content, equal digest, and never the other way round."""
@@ -41,19 +45,19 @@ def open_source(source: Source) -> OpenSource:
 
     Raises:
         MissingInputError: nothing is there, or the hub cannot be reached.
-        DataError: it is there and cannot be data.
+        DataError: it is there and cannot be data, or has no such split.
+        ConfigError: a split that only the hub knows.
     """
     if source.path.startswith("builtin:"):
         return _builtin(source)
     path = Path(source.path).expanduser()
     if path.is_dir():
-        return Files(str(path), _files_in(path), source.sample_by)
+        paths, remarks = files_in(path, source.split)
+        return Files(str(path), paths, source.sample_by, source.split, remarks)
     if path.exists():
-        if not supported(path):
-            raise DataError(
-                f"{path}: unknown kind of file; expected .json .jsonl .csv .tsv .parquet .txt (or .gz …)"
-            )
-        return Files(str(path), [path], source.sample_by)
+        reader_of(path)
+        refuse_slice(source.split)
+        return Files(str(path), [path], source.sample_by, source.split)
     if (
         path.is_absolute()
         or source.path.startswith((".", "~"))
@@ -64,30 +68,15 @@ def open_source(source: Source) -> OpenSource:
     return Hub(source)
 
 
-def _files_in(folder: Path) -> list[Path]:
-    if supported(folder):
-        raise DataError(f"{folder}: is a directory, but its name is that of a file; check data.path")
-    found = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        and supported(path)
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
-    if not found:
-        raise DataError(
-            f"{folder}: a folder without .json .jsonl .csv .tsv .parquet or .txt files; check data.path"
-        )
-    return found
-
-
 @dataclass
 class Files:
-    """Local files, read in the order of their names."""
+    """Local files, read in the order that is given."""
 
     name: str
     paths: list[Path]
     sample_by: str
+    split: str | None = None
+    beside: Sequence[str] = ()
 
     def digest(self) -> str:
         total = hashlib.sha256(self.sample_by.encode())
@@ -103,7 +92,12 @@ class Files:
 
     def rows(self) -> Iterator[Row]:
         for path in self.paths:
-            yield from read_rows(path, self.sample_by)
+            yield from read_rows(path, self.sample_by, self.split)
+
+    def inside(self) -> list[str]:
+        """Lists of documents that are not read, a line for each file."""
+        passed = ((path, passed_over(path, self.split)) for path in self.paths)
+        return [f"{path}: {', '.join(lists)} not read: {why(self.split)}" for path, lists in passed if lists]
 
     def stamp(self) -> list[tuple[int, int]]:
         """Size and time of change of each file, to notice an edit during a long build."""
@@ -128,6 +122,7 @@ class Builtin:
     name: str
     module: str
     split: str
+    beside: Sequence[str] = ()
 
     def digest(self) -> str:
         """Of the rows themselves: they are few, and a change of the program must show."""
@@ -146,6 +141,7 @@ class Hub:
 
     def __init__(self, source: Source) -> None:
         self.source = source
+        self.beside: Sequence[str] = ()
         self.name = f"{source.path}:{source.split}"
         self._data: Any = None
 
@@ -155,8 +151,10 @@ class Hub:
         return str(self._load()._fingerprint)
 
     def rows(self) -> Iterator[Row]:
-        for number, value in enumerate(self._load(), 1):
-            yield Row(self.name, number, value)
+        data = self._load()
+        as_json = row_change(data.features.arrow_schema if data.features else None, parsed=True)
+        for number, value in enumerate(data, 1):
+            yield Row(self.name, number, as_json(value))
 
     def _load(self) -> Any:
         if self._data is None:

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,9 +24,11 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from qlora_trainer.data.encode import Document, Ids, Weights
+from qlora_trainer.data.lines import place
+from qlora_trainer.data.rows import Row
 from qlora_trainer.system import cache, redact
 
-VERSION = 2
+VERSION = 3
 MANIFEST = "manifest.json"
 RECORD = np.dtype(
     [
@@ -37,6 +39,7 @@ RECORD = np.dtype(
         ("source", "<i4"),
         ("file", "<i4"),
         ("line", "<i8"),
+        ("element", "<i4"),  # -1 for none
         ("weight", "<f8"),  # sum of loss weights
     ]
 )
@@ -68,6 +71,7 @@ class Ledger:
     kept: int  # rows that gave at least one document
     dropped: dict[str, int]  # reason -> rows
     notes: dict[str, int]  # truncated, split, double_bos, … (screen.NOTES) -> rows
+    remarks: list[str]  # what was found beside the rows and not read
     path: Path | None = None
 
     def rows(self) -> Iterator[DroppedRow]:
@@ -96,7 +100,7 @@ class Writer:
         self.names: dict[str, int] = {}
         self.dropped: Counter[str] = Counter()
 
-    def add(self, document: Document, source: int, file: str, line: int) -> None:
+    def add(self, document: Document, source: int, row: Row) -> None:
         record = np.array(
             [
                 (
@@ -104,8 +108,9 @@ class Writer:
                     len(document.ids),
                     *document.answer,
                     source,
-                    self.names.setdefault(file, len(self.names)),
-                    line,
+                    self.names.setdefault(row.file, len(self.names)),
+                    row.line,
+                    -1 if row.element is None else row.element,
                     float(document.weights.sum(dtype=np.float64)),
                 )
             ],
@@ -181,7 +186,8 @@ def is_built(folder: Path, say: Callable[[str], None] = lambda line: None) -> bo
 class TokenizedData:
     """Documents as flat memory-mapped arrays, each byte checked when they are opened.
 
-    Raises DamagedError where a file is missing or not as it was written.
+    `beside` tells what lies beside the sources and is not read. Raises DamagedError where a file is missing
+    or not as it was written.
 
     Attributes:
         fingerprint: hex sha256 of all ids, weights and borders. Equal fingerprint, equal data.
@@ -196,7 +202,7 @@ class TokenizedData:
             are stored with the adapter. `chat_template` is None for raw text.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, beside: Iterable[str] = ()) -> None:
         self.folder = folder
         manifest = cache.sealed(folder, MANIFEST)
         assert manifest is not None, f"{folder} has not been built"
@@ -220,6 +226,7 @@ class TokenizedData:
             manifest["kept"],
             manifest["dropped"],
             manifest["notes"],
+            [*beside, *manifest["remarks"]],
             folder / "ledger.jsonl",
         )
 
@@ -244,9 +251,10 @@ class TokenizedData:
         )
 
     def where(self, index: int) -> str:
-        """`file:line` of the row a document came from."""
+        """`file:line` of the row a document came from, with its element where a line has several."""
         record = self._documents[index]
-        return f"{self._names[record['file']]}:{record['line']}"
+        element = None if record["element"] < 0 else record["element"]
+        return place(self._names[record["file"]], record["line"], element)
 
     def prompts(self, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> Iterator[Prompt]:
         """Prompt and reference answer of each document whose last answer is whole, in order.

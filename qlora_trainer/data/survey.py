@@ -88,6 +88,7 @@ class Survey:
     prompts: PromptCheck
     batch: list[BatchRow]
     batch_total: int  # rows in the whole first step
+    shared: int = 0  # documents that are training documents too
 
 
 def survey(
@@ -98,8 +99,9 @@ def survey(
     *,
     role: str,
     seed: int,
+    shared: int = 0,
 ) -> Survey:
-    """Count epoch 0 and take its first step apart."""
+    """Count epoch 0 and take its first step apart; `shared` documents are known from training."""
     lengths = data.lengths
     marks = {
         "shortest": lengths.min(),
@@ -134,6 +136,7 @@ def survey(
         prompts=check_prompts(data, options, tokenizer, role=role, seed=seed),
         batch=batch,
         batch_total=total,
+        shared=shared,
     )
 
 

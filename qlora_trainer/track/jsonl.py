@@ -12,8 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qlora_trainer.checkpoint.disk import disk_errors
-
 SYNC_SECONDS = 5.0
 
 
@@ -30,16 +28,15 @@ class JsonlTracker:
         self._synced = time.monotonic()
 
     def log(self, record: dict[str, Any]) -> None:
-        with disk_errors(self.path):
-            self._file.write(_dump(record))
-            self._file.flush()  # survives kill -9 of this process from here on
-            if time.monotonic() - self._synced > SYNC_SECONDS:
-                os.fsync(self._file.fileno())
-                self._synced = time.monotonic()
+        self._file.write(_dump(record))
+        self._file.flush()  # survives kill -9 of this process from here on
+        if time.monotonic() - self._synced > SYNC_SECONDS:
+            os.fsync(self._file.fileno())
+            self._synced = time.monotonic()
 
     def close(self) -> None:
-        with disk_errors(self.path), self._file:
-            os.fsync(self._file.fileno())
+        os.fsync(self._file.fileno())
+        self._file.close()
 
 
 def read(path: Path) -> list[dict[str, Any]]:

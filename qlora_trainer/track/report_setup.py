@@ -115,6 +115,7 @@ def data(files: RunFiles) -> Section | None:
         )
         for what, found in (("dropped", part["dropped"]), ("kept", part["notes"])):
             remarks += [[clip(why), what, source, f"{number:,}"] for why, number in found.items()]
+        remarks += [[clip(line), "passed over", source, ""] for line in part.get("remarks", [])]
     columns = ("source", "", "rows", "dropped", "documents", "tokens", "supervised", "longest")
     explained = [Table(("what happened to rows", "", "", "rows"), remarks)] if remarks else []
     return Section("Data", [Table(columns, rows), *explained])

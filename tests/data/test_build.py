@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from qlora_trainer.data import DataOptions, TokenizedData, build, load_tokenized, tokenizer_fingerprint
+from qlora_trainer.data.rows import Row
 from qlora_trainer.errors import ConfigError, DataError, MissingInputError
 from qlora_trainer.system import cache
 from tests.damage import DAMAGE, Damage, deleted
@@ -70,7 +71,7 @@ BAD: dict[str, tuple[str, bytes, str]] = {  # name -> file, content, message
     "duplicate ids": (
         "a.jsonl",
         dump({**GOOD, "id": 7}, GOOD, {**GOOD, "id": 7}),
-        r":3: id: the same as in line 1",
+        r":3: id: the same as in .*a\.jsonl:1",
     ),
     "empty conversation": ("a.jsonl", dump({"messages": []}), r":1: messages: empty conversation"),
     "preference pairs": (
@@ -177,8 +178,8 @@ def test_a_folder_is_all_its_files_in_order(load: Load, tmp_path: Path) -> None:
     (folder / "README").write_text("not data")
     data = load(folder)
     assert [data.where(at).removeprefix(f"{folder}/") for at in range(6)] == [
-        "a.json:1",
-        "a.json:1",
+        "a.json:1[0]",
+        "a.json:1[1]",
         "b.jsonl:1",
         "b.jsonl:2",
         "b.jsonl:3",
@@ -452,7 +453,7 @@ def test_publishing_after_somebody_else_keeps_theirs(load: Load, rows_file: Path
     place = data.folder
     stamp = (place / "manifest.json").stat().st_mtime_ns
     writer = build.Writer(place)
-    writer.add(data.document(0), 0, "x", 1)
+    writer.add(data.document(0), 0, Row("x", 1, {}))
     writer.publish({"read": 1})
     assert (place / "manifest.json").stat().st_mtime_ns == stamp
     assert not list((tmp_path / "cache").glob(".building-*"))

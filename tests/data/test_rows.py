@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from qlora_trainer.data.lines import CHUNK
 from qlora_trainer.data.problems import Problem
-from qlora_trainer.data.rows import CHUNK, read_rows
+from qlora_trainer.data.rows import read_rows
 from qlora_trainer.errors import DataError
 
 ROWS = [

@@ -102,5 +102,37 @@ def test_duplicate_ids_are_told_with_the_file_they_are_in(tmp_path: Path) -> Non
     folder.mkdir()
     write_jsonl(folder / "a.jsonl", [{**ROWS[0], "id": "x"}])
     write_jsonl(folder / "b.jsonl", [ROWS[1], {**ROWS[2], "id": "x"}])
-    with pytest.raises(DataError, match=r"b\.jsonl:2: id: the same as in line 1"):
+    with pytest.raises(DataError, match=r"b\.jsonl:2: id: the same as in .*a\.jsonl:1"):
         check_rows(DataOptions(path=str(folder), cache_dir=str(tmp_path / "cache")), seed=0)
+
+
+def test_numbers_that_number_the_rows_of_a_shard_may_repeat_but_equal_rows_may_not(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", [{**row, "id": at} for at, row in enumerate(ROWS[:3])])
+    write_jsonl(folder / "b.jsonl", [{**row, "id": str(at)} for at, row in enumerate(ROWS[3:6])])
+    write_jsonl(folder / "c.jsonl", [{**ROWS[6], "id": -1}, {**ROWS[7], "id": -2}])  # equal in Python's hash
+    options = DataOptions(path=str(folder), cache_dir=str(tmp_path / "cache"))
+    check_rows(options, seed=0)
+    write_jsonl(folder / "d.jsonl", [{**ROWS[1], "id": 1}])
+    with pytest.raises(DataError, match=r"d\.jsonl:1: id: the same as in .*a\.jsonl:2"):
+        check_rows(options, seed=0)
+
+
+def test_rows_of_one_line_are_told_by_their_element(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([*ROWS[:12], {"instruction": "a", "output": 1}]))
+    with pytest.raises(DataError, match=r"a\.json:1\[12\]: output: expected text, found a number"):
+        check_rows(DataOptions(path=str(path), cache_dir=str(tmp_path / "cache")), seed=0)
+
+
+def test_a_file_without_rows_beside_others_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", ROWS)
+    (folder / "b.jsonl").write_text("\n")
+    options = DataOptions(path=str(folder), cache_dir=str(tmp_path / "cache"))
+    opened = [open_source(source) for source in options.sources("train")]
+    assert scan.scan(options, opened, role="train", seed=0).remarks == [
+        f"{folder / 'b.jsonl'}: empty: no rows"
+    ]
