@@ -14,14 +14,15 @@ rows.py      files to rows, with their lines  lines.py     bytes to lines
 jsonfile.py  … of JSON in every shape         tables.py    … of Parquet and Arrow
 turns.py     turns, and their order           tools.py     schemas and calls in one form
 formats.py   rows to checked examples         trees.py     OASST messages to trees
-scan.py      every row read and checked, without torch
-chat.py      templates, and where turns lie   encode.py    examples to ids and loss weights
-parallel.py  encoding by several processes    store.py     documents on disk
-build.py     all of the above, cached         packing.py   documents to packs
+scan.py      every row read and checked       templates.py which template applies
+sandbox.py   Jinja, with limits               chat.py      a template, and where turns lie
+encode.py    examples to ids and weights      parallel.py  … by several processes
+store.py     documents on disk                build.py     all of the above, cached
+overlap.py   held-out rows that are trained on
+packing.py   documents to packs
 order.py     one epoch's rows, in order       loader.py    (seed, epoch, index) to batches
 batch.py     what the model gets              survey.py    what there is to learn from
 screen.py    … on the terminal                page.py      … as a page
-overlap.py   held-out rows that are trained on
 """
 
 from importlib import import_module

@@ -16,25 +16,20 @@ Most stock templates carry no `{% generation %}` tag, so spans are found by rend
 
 from __future__ import annotations
 
-import datetime
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_trainer.data.example import Example, Message
 from qlora_trainer.data.problems import RowError
-from qlora_trainer.errors import ConfigError, MissingInputError
+from qlora_trainer.data.sandbox import Compiled, OverLimit, line_of
+from qlora_trainer.errors import ConfigError
 
-GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 MARKS = tuple((chr(0xE000 + 2 * n), chr(0xE001 + 2 * n)) for n in range(8))  # private use: no text has them
-TODAY = datetime.date(2024, 7, 26)  # what Llama 3's template prints without a clock
 
 
 @dataclass(frozen=True)
@@ -77,7 +72,7 @@ class ChatTemplate:
     def __init__(self, source: str, origin: str, tokenizer: PreTrainedTokenizerBase) -> None:
         self.source = source
         self.origin = origin
-        self.tagged = bool(GENERATION_TAG.search(source))
+        self._compiled = self._compile()
         self.constants = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
         self.end_of_turn = self._probe(tokenizer)
         stops = {self.end_of_turn, tokenizer.eos_token_id} - {None}
@@ -92,19 +87,20 @@ class ChatTemplate:
     ) -> str:
         """The text, as `tokenizer.apply_chat_template(tokenize=False)` gives it.
 
-        One difference: a template that prints the date prints TODAY, so that the same data are the same
-        tokens tomorrow. Raises RowError with the template's own words where it refuses the conversation.
+        One difference: a template that prints the date prints `sandbox.TODAY`, so that the same data are the
+        same tokens tomorrow. Raises RowError where the template refuses the conversation or fails on it, with
+        its own words and its line; ConfigError where it goes over the sandbox's limits.
         """
         return self._render(messages, prompt, tools)[0]
 
     def layout(self, example: Example) -> Rendering:
         """Render a conversation and find its turns. Raises RowError if the template hides them."""
         messages = [message.for_template() for message in example.messages]
-        full = self.render(messages, tools=example.tools)
+        full, blocks = self._render(messages, False, example.tools)
         turns = [at for at, message in enumerate(example.messages) if message.role == "assistant"]
         prompts = [self.render(messages[:at], prompt=True, tools=example.tools) for at in turns]
         as_prompted = all(full.startswith(prompt) for prompt in prompts)
-        spans = self._tagged_spans(messages, example, turns) if self.tagged else None
+        spans = self._tagged_spans(blocks, turns)
         if spans is None:
             spans = self._proved_spans(messages, example, turns, prompts, full)
         others = [
@@ -149,39 +145,53 @@ class ChatTemplate:
             spans.append(Span(start, stop, at, turn=True))
         return spans
 
-    def _tagged_spans(
-        self, messages: list[dict[str, Any]], example: Example, turns: list[int]
-    ) -> list[Span] | None:
+    def _tagged_spans(self, blocks: list[tuple[int, int]], turns: list[int]) -> list[Span] | None:
         """The template's own {% generation %} blocks, if there is one for each assistant turn."""
-        _, blocks = self._render(messages, False, example.tools, tags=True)
-        if len(blocks) != len(turns):
+        if not blocks or len(blocks) != len(turns):
             return None
         return [Span(start, stop, at, turn=True) for at, (start, stop) in zip(turns, blocks, strict=True)]
 
-    def _render(
-        self,
-        messages: Sequence[dict[str, Any]],
-        prompt: bool,
-        tools: list[dict[str, Any]] | None,
-        tags: bool = False,
-    ) -> tuple[str, list[tuple[int, int]]]:
+    def _compile(self) -> Compiled:
         try:
-            texts, blocks = render_jinja_template(
-                conversations=[list(messages)],
-                tools=tools,
-                chat_template=self.source,
-                add_generation_prompt=prompt,
-                return_assistant_tokens_mask=tags,
-                strftime_now=TODAY.strftime,
-                **self.constants,
-            )
+            return Compiled(self.source)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(
                 f"data.template: {self.origin}, line {error.lineno}: {error.message}"
             ) from error
+        except (SyntaxError, RecursionError, MemoryError) as error:  # of the Python that it becomes
+            raise ConfigError(f"data.template: {self.origin}: nested too deeply to compile") from error
+
+    def _render(
+        self, messages: Sequence[dict[str, Any]], prompt: bool, tools: list[dict[str, Any]] | None
+    ) -> tuple[str, list[tuple[int, int]]]:
+        try:
+            return self._compiled.render(
+                messages=list(messages),
+                tools=tools,
+                documents=None,
+                add_generation_prompt=prompt,
+                **self.constants,
+            )
+        except OverLimit as error:
+            raise ConfigError(
+                f"data.template: {self.place(error)}: stopped: it makes {error}; no chat template needs that"
+            ) from error
         except jinja2.TemplateError as error:
-            raise RowError("messages", f"refused by the chat template ({self.origin}): {error}") from error
-        return texts[0], blocks[0] if tags else []
+            raise RowError(
+                "messages", f"refused by the chat template ({self.place(error)}): {error}"
+            ) from error
+        except (
+            Exception
+        ) as error:  # a template is somebody's program: whatever Python raises can come out of it
+            raise RowError(
+                "messages",
+                f"the chat template ({self.place(error)}) fails on it: {type(error).__name__}: {error}",
+            ) from error
+
+    def place(self, error: BaseException) -> str:
+        """Where the template comes from, and the line that raised `error`."""
+        line = line_of(error)
+        return self.origin if line is None else f"{self.origin}, line {line}"
 
     def _locate(
         self,
@@ -236,59 +246,3 @@ class ChatTemplate:
         inside = [token for token, (start, end) in tokens if start < stop <= end and end > start]
         after = [token for token, (start, _) in tokens if start >= stop]
         return next((token for token in inside + after if token in added), None)
-
-
-def named_templates() -> dict[str, str]:
-    """The templates that come with the package: name -> Jinja text."""
-    folder = resources.files("qlora_trainer.data") / "chat_templates"
-    return {
-        item.name.removesuffix(".jinja"): item.read_text(encoding="utf-8")
-        for item in sorted(folder.iterdir(), key=lambda item: item.name)
-        if item.name.endswith(".jinja")
-    }
-
-
-def template_source(template: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
-    """(Jinja text, origin) of what the recipe or the tokenizer names; None if neither has one.
-
-    Raises MissingInputError for a file that is not there, ConfigError for an unknown name.
-    """
-    if template is None:
-        own = tokenizer.chat_template
-        if isinstance(own, dict):
-            own = own.get("default")
-        return (own, "the tokenizer's own") if own else None
-    named = named_templates()
-    if template in named:
-        return named[template], f"named {template}"
-    path = Path(template).expanduser()
-    if path.is_file():
-        return path.read_text(encoding="utf-8"), f"file {path}"
-    if path.suffix or "/" in template:
-        raise MissingInputError(
-            f"data.template={template}: no such file; give a Jinja file or one of {' '.join(named)}"
-        )
-    raise ConfigError(
-        f"data.template={template}: unknown name; known: {' '.join(named)}, or give a Jinja file"
-    )
-
-
-def resolve_template(
-    template: str | None, tokenizer: PreTrainedTokenizerBase, formats: Sequence[str]
-) -> ChatTemplate:
-    """The template to use for conversations.
-
-    The recipe's, else the tokenizer's own, else (a base model) the Alpaca prompt of the paper if all
-    sources are alpaca, and `### Human: / ### Assistant:` (guanaco) otherwise.
-    """
-    found = template_source(template, tokenizer)
-    if found is None:
-        name = "alpaca" if set(formats) == {"alpaca"} else "guanaco"
-        found = named_templates()[name], f"default for a base model: {name}"
-    chat = ChatTemplate(*found, tokenizer)
-    if template in named_templates() and chat.end_of_turn is None:
-        raise ConfigError(
-            f"data.template={template}: this tokenizer has not the token that ends its turns; "
-            "use data.template=alpaca or guanaco, which end them with EOS"
-        )
-    return chat

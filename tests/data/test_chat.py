@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from qlora_trainer.data.chat import TODAY, ChatTemplate, named_templates, resolve_template
+from qlora_trainer.data.chat import ChatTemplate
 from qlora_trainer.data.encode import Document, Encoder, Masking
 from qlora_trainer.data.example import Example, Message
 from qlora_trainer.data.problems import RowError
+from qlora_trainer.data.sandbox import TODAY
+from qlora_trainer.data.templates import named_templates, resolve_template
 from qlora_trainer.errors import ConfigError, MissingInputError
 from tests.data.families import FAMILIES, base, tokenizer
 
@@ -256,3 +258,45 @@ def test_template_file_and_wrong_names(tmp_path: Path) -> None:
     file.write_text("{% for m in messages %}{{ m.role }}")
     with pytest.raises(ConfigError, match=r"mine\.jinja, line 1"):
         resolve_template(str(file), tok, ["messages"])
+
+
+@pytest.mark.parametrize(
+    ("addition", "said"),
+    [
+        ("{{ 1 + m.content }}", r"\(test, line 2\) fails on it: TypeError: unsupported operand"),
+        ("{{ m.name.first }}", r"refused by the chat template \(test, line 2\): .* has no attribute 'name'"),
+        ("{{ {}['x'] ~ 1 // 0 }}", r"\(test, line 2\) fails on it: ZeroDivisionError"),
+        ("{{ m.content|tojson(nonsense=1) }}", r"\(test, line 2\) fails on it: TypeError"),
+        ("{{ raise_exception('Two is too many') }}", r"\(test, line 2\): Two is too many"),
+    ],
+)
+def test_whatever_a_template_raises_is_an_error_of_the_row_that_names_its_line(
+    addition: str, said: str
+) -> None:
+    source = (
+        "{% for m in messages %}\n{% if m.content == 'Two?' %}"
+        + addition
+        + "{% endif %}{{ m.content }}{% endfor %}"
+    )
+    template = ChatTemplate(source, "test", tokenizer("smollm2"))
+    template.layout(Example((Message("user", "One?"), Message("assistant", "Yes."))))
+    with pytest.raises(RowError, match=said):
+        template.layout(Example((Message("user", "Two?"), Message("assistant", "Yes."))))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
+        "{{ 'A' * 10 ** 10 }}",
+    ],
+)
+def test_a_template_that_never_ends_is_a_wrong_configuration(source: str) -> None:
+    with pytest.raises(ConfigError, match="test, line 1: stopped: it makes more than"):
+        ChatTemplate(source, "test", tokenizer("smollm2"))
+
+
+def test_a_template_nested_beyond_what_python_compiles_is_refused() -> None:
+    source = "{% for a in messages %}" * 30 + "{% endfor %}" * 30
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        ChatTemplate(source, "test", tokenizer("smollm2"))

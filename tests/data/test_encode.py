@@ -7,10 +7,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_trainer.data.chat import resolve_template
+from qlora_trainer.data.chat import ChatTemplate
 from qlora_trainer.data.encode import Dropped, Encoder, Masking
 from qlora_trainer.data.example import Example, Message
 from qlora_trainer.data.problems import RowError
+from qlora_trainer.data.templates import resolve_template
 from tests.data.families import FAMILIES, base, tokenizer
 from tests.data.test_chat import PLAIN, THINKING, marked
 
@@ -84,14 +85,15 @@ def test_double_and_missing_bos_are_counted() -> None:
     encode = encoder("llama2")
     encode([Example((Message("user", "a"), Message("assistant", "b")))])
     assert not +encode.notes
-    tok_template = resolve_template(None, tok, ["messages"])
-    tok_template.source = "{{ bos_token }}" + tok_template.source
-    encode = Encoder(tok, tok_template, max_length=64, overlong="drop", masking=Masking())
-    encode([Example((Message("user", "a"), Message("assistant", "b")))])
-    assert encode.notes["double_bos"] == 1
-    tok_template.source = tok_template.source.replace("{{ bos_token }}", "").replace("bos_token + ", "")
-    encode([Example((Message("user", "a"), Message("assistant", "b")))])
-    assert encode.notes["missing_bos"] == 1
+    own = tok.chat_template
+    for source, note in (
+        ("{{ bos_token }}" + own, "double_bos"),
+        (own.replace("bos_token + ", ""), "missing_bos"),
+    ):
+        template = ChatTemplate(source, "test", tok)
+        encode = Encoder(tok, template, max_length=64, overlong="drop", masking=Masking())
+        encode([Example((Message("user", "a"), Message("assistant", "b")))])
+        assert encode.notes[note] == 1
 
 
 def test_a_prompt_that_inference_would_not_see_is_counted() -> None:
