@@ -6,7 +6,6 @@ bad input ends in a second. Exit codes are those of `errors.py`; only here do er
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 import subprocess
@@ -18,12 +17,11 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 from qlora_trainer import __version__, commands
-from qlora_trainer.errors import ConfigError, QLoRAError
+from qlora_trainer.errors import ConfigError, PreemptedError, explained
 from qlora_trainer.system.redact import masked_output
 from qlora_trainer.track.quiet import quiet_libraries
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 USAGE = """\
 usage: python -m qlora_trainer [command] recipe=NAME [key=value …] [-v] [-m]
@@ -69,29 +67,18 @@ def _main(argv: Sequence[str]) -> int:
         code = _run(_read(argv))
         sys.stdout.flush()  # here, where a reader that has gone is caught, and not at the interpreter's end
         return code
-    except QLoRAError as error:
-        # Every rank of a multi-process run finds the same fault in the configuration; one says it.
-        if _rank() == 0 or not isinstance(error, ConfigError):
-            _say(str(error), verbose)
-        return error.exit_code
     except KeyboardInterrupt:
         _say("interrupted", verbose)
         return INTERRUPTED
     except BrokenPipeError:  # `… recipes | head`: the reader has gone, and that is fine
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:  # the one place that answers for everything: whatever escapes is our bug
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            _say(
-                f"{error.filename or 'disk'}: {error.strerror}; make room or choose another output_dir",
-                verbose,
-            )
-            return 74
-        text = " ".join(str(error).split())[:300]
-        _say(
-            f"this is a bug, please report it with the output of -v: {type(error).__name__}: {text}", verbose
-        )
-        return 70
+    except Exception as error:  # the one place that answers for everything
+        known = explained(error)
+        # Every rank of a multi-process run finds the same fault in the configuration; one says it.
+        if _rank() == 0 or not isinstance(known, ConfigError):
+            _say(str(known), verbose)
+        return known.exit_code
 
 
 def _run(line: Line) -> int:
@@ -192,7 +179,10 @@ def _sweep(line: Line) -> int:
         code = subprocess.run([sys.executable, "-m", "qlora_trainer", line.command, *job, *flags]).returncode
         if code < 0:
             code = 128 - code
-        if code in (75, INTERRUPTED):  # stopped from outside: the same line goes on from here
+        if code in (
+            PreemptedError.exit_code,
+            INTERRUPTED,
+        ):  # stopped from outside: the same line goes on from here
             return code
         failed = failed or code
     return failed

@@ -23,13 +23,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from safetensors import SafetensorError
 
-from qlora_trainer.errors import CheckpointError
+from qlora_trainer.errors import REFUSALS, CheckpointError, one_line, system_code
 from qlora_trainer.system import redact
 
 TEMPORARY = ".tmp-"
@@ -185,20 +185,17 @@ def disk_errors(target: Path, needed: int = 0) -> Iterator[None]:
     """Turns what the system says about a disk into one line and exit 74."""
     try:
         yield
-    except SafetensorError as error:  # its writer reports I/O errors as its own class
-        raise CheckpointError(_complaint(target, str(error), needed)) from error
-    except OSError as error:
-        raise CheckpointError(_complaint(target, error.strerror or str(error), needed)) from error
+    except (OSError, SafetensorError) as error:  # safetensors' writer reports I/O errors as its own class
+        raise CheckpointError(_complaint(target, error, needed)) from error
 
 
-def _complaint(target: Path, reason: str, needed: int) -> str:
-    text = f"cannot write {target}: {reason}"
-    try:
+def _complaint(target: Path, error: OSError | SafetensorError, needed: int) -> str:
+    number = system_code(error)
+    text = f"cannot write {target}: {os.strerror(number) if number else one_line(error)}"
+    with suppress(OSError):
         free = shutil.disk_usage(target.parent).free
-    except OSError:
-        return text
-    sizes = f"{needed:,} bytes needed, {free:,} free" if needed else f"{free:,} bytes free"
-    return f"{text} ({sizes}); nothing was replaced"
+        text += f" ({needed:,} bytes needed, {free:,} free)" if needed else f" ({free:,} bytes free)"
+    return "; ".join(filter(None, [text, REFUSALS.get(number), "nothing was replaced"]))
 
 
 def _settle(folder: Path) -> None:

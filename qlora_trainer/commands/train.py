@@ -35,7 +35,7 @@ from qlora_trainer.config.claim import claim_output_dir
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.config.watch import as_dict, unread_keys
 from qlora_trainer.data import Batch, Loader
-from qlora_trainer.errors import ConfigError, PreemptedError, QLoRAError
+from qlora_trainer.errors import ConfigError, PreemptedError, explained
 from qlora_trainer.evaluate.perplexity import LossSum, evaluating, measure_loss
 from qlora_trainer.export.adapter import TrainedOn, export_adapter
 from qlora_trainer.inference.stop import stop_ids
@@ -81,8 +81,8 @@ def run(config: RunConfig) -> None:
         try:
             _train(Run(config, folder, ranks, signals, status))
             code, message = 0, ""
-        except QLoRAError as error:
-            code, message = error.exit_code, str(error)
+        except Exception as error:
+            code, message = explained(error).exit_code, str(explained(error))
             raise
         finally:
             signals.over()
@@ -237,6 +237,9 @@ def _loop(
     def save(progress: Progress) -> None:
         with signals.phase("saving"):
             state.save(checkpoints)
+
+    def tidy(progress: Progress) -> None:
+        with signals.phase("saving"):
             if ranks.main:
                 best = progress.best_step if config.checkpoint.keep_best else 0
                 publish.retain(checkpoints, config.checkpoint.save_total_limit, best or None)
@@ -247,11 +250,15 @@ def _loop(
 
     def evaluate() -> dict[str, float] | None:
         part = LossSum()
+        when, rows = f"evaluating after step {state.progress.step}", config.evaluate.batch_size
+        less = [f"evaluate.batch_size={rows // 2}"] if rows > 1 else None
         with signals.phase("evaluating"), evaluating(state.model):
             for start in range(0, ranks.max(len(held_out)), EVALUATED_AT_ONCE):
                 if ranks.any(signals.requested()):
                     return None
-                part += measure_loss(forward, held_out[start : start + EVALUATED_AT_ONCE], ranks.device)
+                some = held_out[start : start + EVALUATED_AT_ONCE]
+                work = partial(measure_loss, forward, some, ranks.device)
+                part += ranks.together(partial(memory.run, work, lambda: None, when, less))
             sums = torch.tensor([part.nll, part.weight, part.tokens], dtype=torch.float64)
             nll, weight, tokens = ranks.sum_control(sums).tolist()
             result = LossSum(nll, weight, int(tokens))
@@ -292,6 +299,7 @@ def _loop(
                 ranks,
                 log=log,
                 save=save,
+                tidy=tidy,
                 evaluate=evaluate if held_out else None,
                 stop_requested=signals.requested,
                 memory=memory,

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from qlora_trainer.checkpoint.disk import disk_errors
+
 SYNC_SECONDS = 5.0
 
 
@@ -28,15 +30,16 @@ class JsonlTracker:
         self._synced = time.monotonic()
 
     def log(self, record: dict[str, Any]) -> None:
-        self._file.write(_dump(record))
-        self._file.flush()  # survives kill -9 of this process from here on
-        if time.monotonic() - self._synced > SYNC_SECONDS:
-            os.fsync(self._file.fileno())
-            self._synced = time.monotonic()
+        with disk_errors(self.path):
+            self._file.write(_dump(record))
+            self._file.flush()  # survives kill -9 of this process from here on
+            if time.monotonic() - self._synced > SYNC_SECONDS:
+                os.fsync(self._file.fileno())
+                self._synced = time.monotonic()
 
     def close(self) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with disk_errors(self.path), self._file:
+            os.fsync(self._file.fileno())
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -7,13 +7,17 @@ summed once per optimizer step over one flat buffer, so no wrapper stands around
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
 
-from qlora_trainer.errors import ConfigError
+from qlora_trainer.errors import ConfigError, QLoRAError, explained
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -69,6 +73,27 @@ class Ranks:
         tensor = torch.tensor([value])
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._control)
         return int(tensor.item())
+
+    def failure(self, mine: Exception | None) -> Exception | None:
+        """What failed, if anything did on any rank: `mine`, or that another did, with its exit code."""
+        code = self.max(explained(mine).exit_code if mine is not None else 0)
+        if mine is not None or code == 0:
+            return mine
+        other = QLoRAError("another process of this run failed: its own line says why")
+        other.exit_code = code
+        return other
+
+    def together(self, work: Callable[[], T]) -> T:
+        """`work()`, which does not communicate; where it raises on one rank, all raise, and none waits."""
+        result: T | None = None
+        mine: Exception | None = None
+        try:
+            result = work()
+        except Exception as error:
+            mine = error
+        if failed := self.failure(mine):
+            raise failed
+        return result  # type: ignore[return-value]
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """`tensor` (CPU, same shape everywhere) of every rank, in rank order, on every rank."""

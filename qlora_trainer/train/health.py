@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from qlora_trainer.errors import ConfigError, DivergedError
+from qlora_trainer.errors import DivergedError, OutOfMemoryError, is_out_of_memory, one_line
 
 T = TypeVar("T")
 MAX_IN_A_ROW = 3
@@ -60,10 +60,6 @@ def count_nonfinite(in_a_row: int, finite: bool, step: int, rows: Sequence[int])
     )
 
 
-class OutOfMemoryError(ConfigError):
-    """A step does not fit this device (exit 2): the message names planned and actual peak."""
-
-
 class MemoryGuard:
     """Runs work that may run out of memory, twice at most.
 
@@ -87,8 +83,18 @@ class MemoryGuard:
         self.remedies = remedies
         self.retried = 0
 
-    def run(self, work: Callable[[], T], undo: Callable[[], None], step: int) -> T:
+    def run(
+        self,
+        work: Callable[[], T],
+        undo: Callable[[], None],
+        when: str,
+        remedies: Sequence[str] | None = None,
+    ) -> T:
         """`work()`, or its second try after `undo()`, which leaves everything as before the first.
+
+        Args:
+            when: for the message: `in step 3`.
+            remedies: what helps here, if not what helps a step.
 
         Raises:
             OutOfMemoryError: the second try did not fit either; `undo` has been called again, so the
@@ -101,7 +107,7 @@ class MemoryGuard:
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                reason = str(error).partition("\n")[0] or type(error).__name__
+                reason = one_line(error)
             # Outside the handler: the traceback's frames held the activations.
             undo()
             if attempt == 0:
@@ -110,9 +116,11 @@ class MemoryGuard:
                 gc.collect()
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
-        raise OutOfMemoryError(self._complaint(step, reason))
+        raise OutOfMemoryError(
+            self._complaint(when, reason, self.remedies() if remedies is None else remedies)
+        )
 
-    def _complaint(self, step: int, reason: str) -> str:
+    def _complaint(self, when: str, reason: str, remedies: Sequence[str]) -> str:
         peak = []
         if self.planned is not None:
             peak.append(f"planned peak {self.planned / GIB:.2f} GiB")
@@ -121,30 +129,6 @@ class MemoryGuard:
             actual = torch.cuda.max_memory_reserved(self.device)
             peak.append(f"actual peak {actual / GIB:.2f} of {total / GIB:.2f} GiB")
         where = ", ".join(peak) or reason
-        remedies = "; or ".join(self.remedies())
-        text = f"out of memory in step {step}, also after freeing what could be freed ({where})"
-        return f"{text}; the batch is as you set it; to need less, set {remedies}" if remedies else text
-
-
-_SAYINGS = (
-    "DefaultCPUAllocator: can't allocate memory",
-    "not enough memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on the device or on the host.
-
-    What it was raised on top of counts too: an allocation that fails while a CUDA graph is captured
-    surfaces as the capture's own error.
-    """
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, torch.OutOfMemoryError | MemoryError):
-            return True
-        if isinstance(seen, RuntimeError) and any(saying in str(seen) for saying in _SAYINGS):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
+        text = f"out of memory {when}, also after freeing what could be freed ({where})"
+        less = "; or ".join(remedies)
+        return f"{text}; the batch is as you set it; to need less, set {less}" if less else text

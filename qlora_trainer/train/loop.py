@@ -6,6 +6,10 @@ an optimizer with a flat gradient buffer, and callbacks. Out: `Progress`, moved 
 The loss of an optimizer step is sum(weight * cross-entropy) / sum(weight) over every micro-batch of
 every rank. The loader knows the denominator beforehand, so accumulating over micro-batches or over
 ranks gives the gradient of one large batch, and nothing but the gradient itself is communicated.
+
+Whatever fails, the state after the last whole step is saved: batches, forward and backward are undone,
+evaluations and records come after a step. Only a failure inside the update itself leaves nothing whole;
+then the checkpoint before stays the last.
 """
 
 from __future__ import annotations
@@ -23,9 +27,9 @@ from torch import Tensor
 from qlora_trainer.checkpoint import rng
 from qlora_trainer.data.batch import Batch
 from qlora_trainer.data.loader import StepBatch
-from qlora_trainer.errors import PreemptedError
+from qlora_trainer.errors import DivergedError, PreemptedError, QLoRAError, explained
 from qlora_trainer.train.distributed import Ranks
-from qlora_trainer.train.health import MemoryGuard, OutOfMemoryError, count_nonfinite, poison
+from qlora_trainer.train.health import MemoryGuard, count_nonfinite, poison
 from qlora_trainer.train.readback import Pace, Readback
 
 PATIENCE = 5.0  # seconds of a step after which it is undone rather than finished when a run has to stop
@@ -140,6 +144,7 @@ def train(
     *,
     log: Callable[[dict[str, Any]], None],
     save: Callable[[Progress], None],
+    tidy: Callable[[Progress], None] = lambda progress: None,
     evaluate: Callable[[], dict[str, float] | None] | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
     memory: MemoryGuard | None = None,
@@ -151,7 +156,9 @@ def train(
         schedule: optimizer step (from 0) -> learning rate.
         log: takes one record per logged step and per evaluation, in order.
         save: writes a checkpoint of `progress` and everything it goes with.
+        tidy: called after it, removes older ones.
         evaluate: evaluation results by name; None if it was given up because a stop was requested.
+            Where it fails on one rank it raises on all.
         stop_requested: asked after every step, and between micro-batches once a step has taken
             `PATIENCE` seconds (it is then undone); true on any rank stops all at the same step.
         memory: tries a step that ran out of memory once more.
@@ -160,18 +167,26 @@ def train(
         DivergedError: loss or gradient was not finite three steps in a row. Such a step leaves
             weights and moments as they were.
         PreemptedError: a stop was requested; the state has been saved.
-        OutOfMemoryError: a step does not fit on some rank; the state before it has been saved.
+        QLoRAError: anything else that failed, as `explained`: the message says which state is saved.
     """
     memory = memory or MemoryGuard(ranks.device)
     readback: Readback[StepTag] = Readback(ranks.device)
     pace = Pace(ranks.device)
     saved = progress.step
+    unrecorded: Exception | None = None  # what `log` raised, until the next boundary
+
+    def record(line: dict[str, Any]) -> None:
+        nonlocal unrecorded
+        try:
+            log(line)
+        except Exception as error:
+            unrecorded = unrecorded or error
 
     def drain(everything: bool = False) -> None:
         for tag, (loss, grad_norm), seconds in readback.ready(drain=everything):
             finite = _is_finite(loss) and _is_finite(grad_norm)
             if tag.step % options.logging_steps == 0 or tag.step == options.total_steps or not finite:
-                log(_record(tag, loss, grad_norm, seconds, finite))
+                record(_record(tag, loss, grad_norm, seconds, finite))
             progress.nonfinite = count_nonfinite(progress.nonfinite, finite, tag.step, tag.rows)
 
     def save_now() -> None:
@@ -179,30 +194,58 @@ def train(
         drain(everything=True)
         save(progress)
         saved = progress.step
+        tidy(progress)
 
-    def stopped() -> PreemptedError:
+    def stopped() -> QLoRAError:
+        if unrecorded is not None:
+            return explained(unrecorded).adding(_kept(saved))
         return PreemptedError(
             f"stopped on a signal after step {progress.step} of {options.total_steps}; "
             "the state is saved: run the same command to go on"
         )
 
+    def failed_with(error: Exception, undo: Callable[[], None] = lambda: None) -> QLoRAError:
+        """The last word of a run that failed, on every rank, after saving what its last step left."""
+        known = explained(error)
+        try:
+            undo()
+            if progress.step > saved:
+                save_now()
+        except Exception as second:
+            known = known.adding(f"the state after step {progress.step} is not saved: {explained(second)}")
+        return known.adding(_kept(saved))
+
     def boundary() -> None:
-        """Between two steps: evaluation, a checkpoint, the end of a run that was told to stop."""
+        """Between two steps: evaluation, a checkpoint, the end of a run that failed or was told to stop."""
         last = progress.step == options.total_steps
-        stopping = ranks.any(stop_requested())
+        asked = ranks.max(_FAILED if unrecorded is not None else _STOP if stop_requested() else 0)
+        if asked == _FAILED and (failure := ranks.failure(unrecorded)):
+            raise failed_with(failure) from failure
+        stopping = asked == _STOP
         changed = progress.step > saved
         due = last or _due(progress.step, options.eval_steps)
         if evaluate is not None and due and progress.evaluated < progress.step and not stopping:
             drain(everything=True)
-            if (result := evaluate()) is None:
+            try:
+                result = evaluate()
+            except Exception as error:
+                raise failed_with(error) from error
+            if result is None:
                 stopping = True
             else:
-                changed, progress.evaluated = True, progress.step
-                if progress.best_loss is None or result["eval_loss"] < progress.best_loss:
-                    progress.best_loss, progress.best_step = result["eval_loss"], progress.step
-                log({"step": progress.step, **result})
+                changed = True
+                record({"step": progress.step, **result})
+                if unrecorded is None:  # else it is made again
+                    progress.evaluated = progress.step
+                    if progress.best_loss is None or result["eval_loss"] < progress.best_loss:
+                        progress.best_loss, progress.best_step = result["eval_loss"], progress.step
         if changed and (last or stopping or _due(progress.step, options.save_steps)):
-            save_now()
+            try:
+                save_now()
+            except DivergedError:
+                raise
+            except Exception as error:
+                raise explained(error).adding(_kept(saved)) from error
         if stopping:
             raise stopped()
 
@@ -212,8 +255,6 @@ def train(
         started = time.monotonic()
         readback.begin()
         epoch, index = progress.epoch, progress.index
-        step_batch = next(steps)
-        scale.fill_(1.0 / max(step_batch.total_weight, 1e-8))
         put_back = rng.keep()
 
         def undo(put_back: Callable[[], None] = put_back) -> None:
@@ -223,33 +264,38 @@ def train(
         def give_up(started: float = started) -> bool:
             return stop_requested() and time.monotonic() - started > PATIENCE
 
-        work = partial(_accumulate, micro_step, step_batch.micro_batches, ranks.device, pace, give_up)
         sums: _Sums | None = None
-        failure: OutOfMemoryError | None = None
+        failure: Exception | None = None
         try:
-            sums = memory.run(work, undo, progress.step + 1)
-        except OutOfMemoryError as error:
+            step_batch = next(steps)
+            scale.fill_(1.0 / max(step_batch.total_weight, 1e-8))
+            work = partial(_accumulate, micro_step, step_batch.micro_batches, ranks.device, pace, give_up)
+            sums = memory.run(work, undo, f"in step {progress.step + 1}")
+        except Exception as error:
             failure = error
         # Before the gradient's, one small sum over all ranks: what was counted, who gave up, who failed.
         counted = (sums.tokens, sums.supervised) if sums is not None else (0, 0)
         counts = ranks.sum_control(torch.tensor([*counted, int(sums is None), int(failure is not None)]))
         tokens, supervised, unfinished, failed = counts.tolist()
+        if failed and (failure := ranks.failure(failure)):
+            raise failed_with(failure, undo) from failure
         if unfinished:
             undo()  # on every rank: the run is where it was after the last step
             if progress.step > saved:
                 save_now()
-            if failed:
-                elsewhere = f"another process ran out of memory in step {progress.step + 1}"
-                raise failure or OutOfMemoryError(elsewhere)
             raise stopped()
         assert sums is not None
 
-        ranks.sum_(optimizer.grad)
-        ranks.sum_(sums.loss)
-        poison(optimizer.grad, sums.loss)
         learning_rate = schedule(progress.step)
-        grad_norm = optimizer.step(learning_rate, options.max_grad_norm)
-        optimizer.zero_grad()
+        try:
+            ranks.sum_(optimizer.grad)
+            ranks.sum_(sums.loss)
+            poison(optimizer.grad, sums.loss)
+            grad_norm = optimizer.step(learning_rate, options.max_grad_norm)
+            optimizer.zero_grad()
+        except Exception as error:
+            half = f"step {progress.step + 1} was half made, its state is not saved"
+            raise explained(error).adding(half).adding(_kept(saved)) from error
 
         per_epoch = loader.steps_per_epoch(epoch)
         progress.step += 1
@@ -268,7 +314,16 @@ def train(
         readback.push(tag, torch.stack((sums.loss * scale, grad_norm.to(sums.loss.dtype))))
         drain()
         boundary()
+    if unrecorded is not None:
+        raise stopped()
     return progress
+
+
+_STOP, _FAILED = 1, 2  # what ranks ask of each other at a boundary; the largest counts
+
+
+def _kept(step: int) -> str:
+    return f"the state after step {step} is saved" if step else "no step was saved before"
 
 
 @dataclass

@@ -48,7 +48,7 @@ def rehearse(
         if memory.device.type == "cuda":
             torch.cuda.synchronize(memory.device)
 
-    memory.run(work, undo, step=1)
+    memory.run(work, undo, "in step 1")
     undo()
     return torch.cuda.max_memory_allocated(memory.device) if memory.device.type == "cuda" else 0
 

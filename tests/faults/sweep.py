@@ -24,7 +24,7 @@ import pytest
 from qlora_trainer.checkpoint import disk, format, resume
 from qlora_trainer.errors import CheckpointError
 from tests.checkpoint import samples
-from tests.faults import hooks, killing, strace
+from tests.faults import failures, hooks, killing, strace
 from tests.faults.scene import STEPS, Scene, differences
 from tests.faults.test_exact_resume import settings
 from tests.faults.test_stops import stopped_in_phase
@@ -166,6 +166,15 @@ def mutants(scene: Scene) -> Points:
         yield mutant, [] if any("loss" in line for line in found) else ["not noticed"]
 
 
+def whatever_fails(scene: Scene) -> Points:
+    whole = "failures-whole"
+    failures.attempt(scene.line(whole, **failures.KEYS, **{"data.eval_path": scene.folder / "eval.json"}))
+    for place, name in itertools.product(failures.SEAMS, failures.ERRORS):
+        output = f"failed-{place}-{name}".replace(" ", "-").replace("/", "-")
+        yield f"{name} at {place}", failures.problems(scene, scene.folder / whole, output, place, name)
+        shutil.rmtree(scene.folder / output)
+
+
 class Tests:
     """Counts the tests of a file as points."""
 
@@ -210,6 +219,7 @@ def main() -> int:
         ("killed at any time, bit-exact", lambda: killed_any_time(scene)),
         ("signal in a phase, bit-exact", lambda: signals(scene)),
         ("resume broken on purpose, noticed", lambda: mutants(scene)),
+        ("every error at every place, bit-exact", lambda: whatever_fails(scene)),
         ("several ranks, launchers, second signals", lambda: tests_of("test_stops.py", "not phase_is")),
         ("not finite, out of memory, disks", lambda: tests_of("test_bad_steps.py")),
         ("trackers and network gone", lambda: tests_of("test_network.py")),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qlora_trainer.checkpoint import rng
-from qlora_trainer.errors import DivergedError
+from qlora_trainer.errors import DivergedError, OutOfMemoryError, is_out_of_memory
 from qlora_trainer.train import health
 
 
@@ -73,7 +73,7 @@ def test_a_step_that_runs_out_of_memory_is_tried_once_more_with_the_same_draws(e
     torch.manual_seed(0)
     random.seed(0)
     work = Work(1, error)
-    assert guard.run(work, work.undo, step=4) == expected
+    assert guard.run(work, work.undo, "in step 4") == expected
     assert (work.calls, work.undone, len(released), guard.retried) == (2, 1, 1, 1)
 
 
@@ -81,8 +81,8 @@ def test_a_second_failure_names_peaks_and_remedies() -> None:
     remedies = ["train.per_device_train_batch_size=1", "train.activations=full", "train.max_length=256"]
     guard = health.MemoryGuard(torch.device("cpu"), planned=3 << 30, remedies=lambda: remedies)
     work = Work(2, OUT_OF_MEMORY[0])
-    with pytest.raises(health.OutOfMemoryError) as error:
-        guard.run(work, work.undo, step=4)
+    with pytest.raises(OutOfMemoryError) as error:
+        guard.run(work, work.undo, "in step 4")
     assert error.value.exit_code == 2
     assert "step 4" in str(error.value) and "planned peak 3.00 GiB" in str(error.value)
     assert all(remedy in str(error.value) for remedy in remedies)
@@ -95,15 +95,15 @@ def test_memory_that_ran_out_in_a_graphs_capture_is_known() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
         finally:
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
-    assert health.is_out_of_memory(error.value)
-    assert not health.is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert is_out_of_memory(error.value)
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
 def test_other_errors_are_not_retried() -> None:
     guard = health.MemoryGuard(torch.device("cpu"))
     work = Work(1, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="shapes"):
-        guard.run(work, work.undo, step=1)
+        guard.run(work, work.undo, "in step 1")
     assert work.calls == 1
 
 
@@ -118,6 +118,6 @@ def test_a_real_allocation_that_fits_after_the_release() -> None:
     def work() -> int:
         return torch.empty(size, dtype=torch.uint8, device=device).numel()
 
-    assert guard.run(work, lambda: None, 1) == size
-    with pytest.raises(health.OutOfMemoryError, match=r"actual peak [\d.]+ of [\d.]+ GiB"):
-        guard.run(lambda: torch.empty(4 * free, dtype=torch.uint8, device=device), lambda: None, 1)
+    assert guard.run(work, lambda: None, "in step 1") == size
+    with pytest.raises(OutOfMemoryError, match=r"actual peak [\d.]+ of [\d.]+ GiB"):
+        guard.run(lambda: torch.empty(4 * free, dtype=torch.uint8, device=device), lambda: None, "in step 1")

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from qlora_trainer.checkpoint import rng
+from qlora_trainer.errors import OutOfMemoryError
 from qlora_trainer.model.forward import ReferenceForward
 from qlora_trainer.model.fuse import fuse
 from qlora_trainer.model.lora import LoraOptions, attach
 from qlora_trainer.optim import make_optimizer
-from qlora_trainer.train.health import MemoryGuard, OutOfMemoryError
+from qlora_trainer.train.health import MemoryGuard
 from qlora_trainer.train.loop import MicroStep
 from qlora_trainer.train.rehearsal import rehearse, widest
 from tests import tiny
