@@ -17,7 +17,13 @@ def run(config: RunConfig) -> None:
     """Answers until /quit or the end of input; prompts and hints only where a person types."""
     wanted = config.chat
     model = config.model
-    loaded = load(run_folder(config), device=model.device, cache_quantized=model.cache_quantized)
+    loaded = load(
+        run_folder(config),
+        base=model.model_name_or_path,
+        device=model.device,
+        cache_quantized=model.cache_quantized,
+        revision=model.revision,
+    )
     sampling = Sampling(
         max_new_tokens=wanted.max_new_tokens,
         temperature=wanted.temperature,

@@ -21,7 +21,14 @@ def run(config: RunConfig) -> None:
     find_adapter(folder)  # before anything heavy
     wanted = config.evaluate
     harness = Harness(wanted.lm_eval_tasks, wanted.lm_eval_path) if wanted.lm_eval_tasks else None
-    loaded = load(folder, device=config.model.device, cache_quantized=config.model.cache_quantized)
+    model = config.model
+    loaded = load(
+        folder,
+        base=model.model_name_or_path,
+        device=model.device,
+        cache_quantized=model.cache_quantized,
+        revision=model.revision,
+    )
     held_out = wiring.load_held_out(config, loaded.tokenizer)
     if held_out:
         forward = ReferenceForward(loaded.model)

@@ -79,7 +79,6 @@ def source_of(config: RunConfig) -> Source:
         base=what.source,
         revision=what.options.revision,
         held=Held(what.options.method, what.options.double_quant, what.options.dtype),
-        fingerprint=what.record.get("base_fingerprint", ""),
         tokenizer=what.tokenizer,
         stop_ids=what.stop_ids,
         data=_data_names(config) if ours else [],

@@ -21,12 +21,12 @@ from qlora_trainer.export import calibration
 from qlora_trainer.export.base import is_quantized
 from qlora_trainer.export.verify import RESULT, Sample, Yardstick, as_dict, markdown, table, verify
 from qlora_trainer.inference.load import (
-    TRAINED_WITH,
     adapter_stops,
+    check_base,
     find_adapter,
     load_adapter_tokenizer,
-    read_json,
     trained_base,
+    training_record,
 )
 from qlora_trainer.inference.stop import pad_id, stop_ids
 from qlora_trainer.model.load import BaseOptions, load_tokenizer, pick_device, pick_dtype
@@ -119,15 +119,15 @@ def subject(config: RunConfig) -> Subject:
         record = {"method": "none", "revision": options.revision}
         return Subject(None, options, source, record, tokenizer, stop_ids(tokenizer, defaults))
     adapter = find_adapter(config.export.adapter or run_folder(config))
-    options = trained_base(adapter, name if config.export.adapter is not None else None, device)
+    options = trained_base(adapter, name, device, config.model.revision)
+    source = resolve(options.name_or_path, options.revision)
+    check_base(adapter, source, options.revision)
     tokenizer = load_adapter_tokenizer(adapter, options)
     return Subject(
         adapter,
         options,
-        resolve(options.name_or_path, options.revision),
-        read_json(adapter / TRAINED_WITH)
-        if (adapter / TRAINED_WITH).is_file()
-        else {"method": "none", "revision": options.revision},
+        source,
+        training_record(adapter) or {"method": "none", "revision": options.revision},
         tokenizer,
         adapter_stops(adapter, tokenizer),
     )

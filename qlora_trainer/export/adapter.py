@@ -31,7 +31,7 @@ from qlora_trainer.inference.stop import pad_id, stop_ids
 from qlora_trainer.model.fingerprint import base_fingerprint
 from qlora_trainer.model.load import BaseOptions
 from qlora_trainer.model.residual import adapter_settings, published_tensors
-from qlora_trainer.model.source import resolve
+from qlora_trainer.model.source import BUILTIN, resolve
 from qlora_trainer.system import redact
 
 
@@ -40,7 +40,7 @@ class TrainedOn:
     """How the base was held while the adapter learned; enough to hold it so again.
 
     Attributes:
-        model_name_or_path: as configured: hub name, folder or `builtin:…`.
+        model_name_or_path: hub name, folder or `builtin:…`.
         source: what `from_pretrained` takes: hub name or folder.
         method: nf4 | fp4 | int8 | gptq | awq | none.
         dtype, compute_dtype: `bfloat16`, `float32` …
@@ -58,10 +58,11 @@ class TrainedOn:
 
     @classmethod
     def with_options(cls, options: BaseOptions, device: torch.device) -> TrainedOn:
-        """What was asked of `load_base`."""
+        """What was asked of `load_base`; a folder by its absolute path."""
+        source = resolve(options.name_or_path, options.revision)
         return cls(
-            model_name_or_path=options.name_or_path,
-            source=resolve(options.name_or_path, options.revision),
+            model_name_or_path=options.name_or_path if options.name_or_path.startswith(BUILTIN) else source,
+            source=source,
             revision=options.revision,
             method=options.method,
             double_quant=options.double_quant,

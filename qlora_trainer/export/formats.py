@@ -17,7 +17,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qlora_trainer.checkpoint.disk import publish_folder, require_space, write_json, write_text
-from qlora_trainer.errors import CheckpointError, ConfigError
+from qlora_trainer.errors import ConfigError
 from qlora_trainer.export import bnb, gguf
 from qlora_trainer.export.base import Base, Held
 from qlora_trainer.export.card import Card, licence_files, licence_of, render
@@ -26,8 +26,7 @@ from qlora_trainer.export.fingerprint import sha256, size_on_disk
 from qlora_trainer.export.merge import Merge, Progress
 from qlora_trainer.export.quantize import METHODS, QuantizeOptions, quantize
 from qlora_trainer.export.shards import narrow
-from qlora_trainer.inference.load import ADAPTER_WEIGHTS, read_json
-from qlora_trainer.model.fingerprint import base_fingerprint
+from qlora_trainer.inference.load import ADAPTER_WEIGHTS, check_base, read_json
 from qlora_trainer.system import redact
 
 FORMATS = ("adapter", "merged", "gptq", "awq", "rtn", "int8", "nf4", "gguf")
@@ -43,7 +42,6 @@ class Source:
         adapter: its folder; None for a base by itself, to be converted.
         base: hub name or folder of the base.
         held: how training held the base.
-        fingerprint: of the base when it was trained on; empty if unknown.
         stop_ids: that end an answer.
         data, settings: for the card.
     """
@@ -52,22 +50,10 @@ class Source:
     base: str
     revision: str | None
     held: Held
-    fingerprint: str
     tokenizer: PreTrainedTokenizerBase
     stop_ids: Sequence[int]
     data: Sequence[str] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
-
-    def check_base(self) -> None:
-        """Raises CheckpointError where the base is not the one the adapter was trained on."""
-        if not self.fingerprint:
-            return
-        found = base_fingerprint(self.base, self.revision)
-        if found != self.fingerprint:
-            raise CheckpointError(
-                f"{self.adapter}: trained on a base with fingerprint {self.fingerprint[:23]}…, but "
-                f"{self.base} has {found[:23]}…: name the right one with model.model_name_or_path"
-            )
 
 
 @dataclass(frozen=True)
@@ -138,7 +124,8 @@ class Exporter:
             ConfigError, CheckpointError, MissingInputError: see the rooms; also a full disk and
                 folders that exist and are something else.
         """
-        self.source.check_base()
+        if self.source.adapter is not None:
+            check_base(self.source.adapter, self.source.base, self.source.revision)
         needed = 0
         for kind in formats:
             assert kind in FORMATS, kind

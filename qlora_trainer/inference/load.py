@@ -18,8 +18,12 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 
 from qlora_trainer.errors import CheckpointError, ConfigError, MissingInputError
 from qlora_trainer.model import residual
+from qlora_trainer.model.files import KEY
+from qlora_trainer.model.fingerprint import base_fingerprint
 from qlora_trainer.model.load import DTYPES, BaseOptions, load_base, load_tokenizer, pick_device, pick_dtype
 from qlora_trainer.model.shards import ShardReader
+from qlora_trainer.model.source import resolve
+from qlora_trainer.system.redact import require_whole
 
 TRAINED_WITH = "training.json"  # beside the adapter: how its base was held while it learned
 ADAPTER_CONFIG = "adapter_config.json"
@@ -60,39 +64,64 @@ def find_adapter(folder: str | Path) -> Path:
     raise MissingInputError(f"run={folder}: neither a run's output_dir nor an adapter ({ADAPTER_CONFIG})")
 
 
-def trained_base(adapter: Path, base: str | None = None, device: str = "auto") -> BaseOptions:
+def trained_base(
+    adapter: Path, base: str | None = None, device: str = "auto", revision: str | None = None
+) -> BaseOptions:
     """How the adapter's base is to be loaded: as recorded when it was trained.
 
     An adapter that is not ours says nothing of quantization; then its base is loaded unquantized.
 
     Args:
         base: another place of the same base, say a folder on this machine.
+        revision: of `base`, if it is another place.
 
     Raises:
         ConfigError: neither the adapter nor `base` names a base model.
     """
-    config = read_json(adapter / ADAPTER_CONFIG)
-    name = base or config.get("base_model_name_or_path")
+    config, trained = read_json(adapter / ADAPTER_CONFIG), training_record(adapter)
+    stored = config.get("base_model_name_or_path")
+    name = base or trained.get("model_name_or_path") or stored
     if not name:
         raise ConfigError(f"{adapter / ADAPTER_CONFIG} names no base; set model.model_name_or_path=/a/folder")
+    if base in (None, trained.get("model_name_or_path"), stored):
+        revision = config.get("revision")
     plain = BaseOptions(
-        name_or_path=name,
-        revision=config.get("revision") if base in (None, config.get("base_model_name_or_path")) else None,
+        name_or_path=require_whole(name, KEY),
+        revision=revision,
         method="none",
         dtype=pick_dtype("auto", pick_device(device)),
     )
-    record = adapter / TRAINED_WITH
-    if not record.is_file():
+    if not trained:
         return plain
-    trained = read_json(record)
     return replace(
         plain,
-        name_or_path=base or trained["model_name_or_path"],
         method=trained["method"],
         double_quant=trained["double_quant"],
         dtype=DTYPES[trained["dtype"]],
         compute_dtype=DTYPES[trained["compute_dtype"]],
     )
+
+
+def training_record(adapter: Path) -> dict[str, Any]:
+    """What training.json says of how the base was held; empty for an adapter that is not ours."""
+    return read_json(adapter / TRAINED_WITH) if (adapter / TRAINED_WITH).is_file() else {}
+
+
+def check_base(adapter: Path, source: str, revision: str | None) -> None:
+    """Whether `source` is the base that the adapter was trained on, as far as its record says.
+
+    Raises:
+        CheckpointError: it is another one.
+    """
+    expected = training_record(adapter).get("base_fingerprint")
+    if not expected:
+        return
+    found = base_fingerprint(source, revision)
+    if found != expected:
+        raise CheckpointError(
+            f"{adapter}: trained on a base with fingerprint {expected[:23]}…, but {source} has "
+            f"{found[:23]}…: name the right one with {KEY}"
+        )
 
 
 def load(
@@ -101,6 +130,7 @@ def load(
     device: str = "auto",
     attn_implementation: str | None = None,
     cache_quantized: bool = False,
+    revision: str | None = None,
 ) -> Loaded:
     """Loads the model that was trained: base quantized as then, adapter in its own dtype on top.
 
@@ -109,17 +139,19 @@ def load(
         base: where the base is, if not where the adapter says.
         device: auto | cpu | cuda.
         cache_quantized: as `BaseOptions` has it.
+        revision: of `base`, if that is another place.
 
     Raises:
         MissingInputError: no adapter or no base there.
-        CheckpointError: the adapter's files are broken or do not fit that base.
+        CheckpointError: the adapter's files are broken, or it was trained on another base.
     """
     adapter = find_adapter(folder)
     options = replace(
-        trained_base(adapter, base, device),
+        trained_base(adapter, base, device, revision),
         attn_implementation=attn_implementation,
         cache_quantized=cache_quantized,
     )
+    check_base(adapter, resolve(options.name_or_path, options.revision), options.revision)
     model = load_base(options, pick_device(device))
     tuned = put_adapter(model, adapter)
     tokenizer = load_adapter_tokenizer(adapter, options)

@@ -42,7 +42,7 @@ def resolve(name_or_path: str, revision: str | None = None) -> str:
         return str(folder)
     # A hub name is `name` or `owner/name`; anything else that is not there was meant as a path.
     if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1 or folder.exists():
-        raise MissingInputError(f"{KEY}: no model folder at {folder}")
+        raise MissingInputError(f"{KEY}: no model folder at {folder}; set it to where the model is now")
     read_config_file(Path(_hub_file(name_or_path, CONFIG, revision)))
     return name_or_path
 

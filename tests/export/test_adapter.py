@@ -5,13 +5,15 @@ import sys
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 
 from qlora_trainer.errors import CheckpointError, MissingInputError
 from qlora_trainer.evaluate.generate import Sampling, generate
 from qlora_trainer.export.adapter import TrainedOn, export_adapter
-from qlora_trainer.inference.load import load
-from qlora_trainer.model.lora import LoraOptions
+from qlora_trainer.inference.load import load, trained_base
+from qlora_trainer.model.load import BaseOptions, load_base
+from qlora_trainer.model.lora import LoraOptions, attach
 from tests import tiny
 from tests.export import runs
 
@@ -92,8 +94,40 @@ def test_a_failed_export_leaves_the_old_folder_and_nothing_else(tmp_path, monkey
 def test_an_adapter_of_another_base_is_refused_with_the_shapes(tmp_path):
     run = runs.make(tmp_path / "one")
     other = tiny.save(tmp_path / "other", intermediate_size=192)
+    with pytest.raises(CheckpointError, match=rf"fingerprint .* {other} has sha256"):
+        load(run.adapter, base=str(other))
+    (run.adapter / "training.json").unlink()  # as an adapter of somebody else's has none
     with pytest.raises(CheckpointError, match=r"another base.*size mismatch.*128, 4.*192, 4"):
         load(run.adapter, base=str(other))
+
+
+def test_a_base_of_a_relative_path_is_named_by_its_absolute_one(tmp_path, monkeypatch):
+    base = tiny.save(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    options = BaseOptions("base")
+    model = attach(load_base(options, runs.CPU), LoraOptions(r=4), seed=1)
+    adapter = export_adapter(
+        model, tiny.tokenizer(), tmp_path / "adapter", TrainedOn.with_options(options, runs.CPU)
+    )
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    AutoPeftModelForCausalLM.from_pretrained(adapter)
+    load(adapter)
+
+
+def test_the_revision_of_a_base_is_that_of_training_unless_another_base_is_named(tmp_path):
+    run = runs.make(tmp_path)
+    for file, changes in (
+        ("adapter_config.json", {"base_model_name_or_path": "owner/base", "revision": "abc"}),
+        ("training.json", {"model_name_or_path": "owner/base", "source": "owner/base", "revision": "abc"}),
+    ):
+        path = run.adapter / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert trained_base(run.adapter).revision == "abc"
+    assert trained_base(run.adapter, "owner/base").revision == "abc"
+    assert trained_base(run.adapter, "owner/copy").revision is None
+    assert trained_base(run.adapter, "owner/copy", revision="def").revision == "def"
 
 
 def test_what_is_not_there_is_said_in_one_line(tmp_path):

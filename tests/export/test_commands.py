@@ -2,12 +2,14 @@
 
 import base64
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from qlora_trainer.__main__ import main
+from tests import tiny
 from tests.export import runs
 
 ROWS = [
@@ -57,6 +59,21 @@ def test_an_adapter_from_elsewhere_is_exported_where_it_is_told(finished, tmp_pa
     assert recipe["held"] == "none" and (target / "exports" / "merged" / "tokenizer.json").is_file()
     assert main(line) == 2
     assert "output_dir=FOLDER" in capsys.readouterr().err
+
+
+def test_a_base_that_was_moved_is_named_and_another_is_refused(finished, tmp_path, capsys):
+    moved = tmp_path / "moved"
+    shutil.move(finished.base, moved)
+    other = tiny.save(tmp_path / "other", seed=5, intermediate_size=128)
+    run = f"run={finished.adapter.parent}"
+    export, verify = ["export", run, "export.format=[merged]", "export.verify=false"], ["verify", run]
+    assert main(export) == 66
+    assert "model.model_name_or_path" in capsys.readouterr().err
+    assert main([*export, f"model.model_name_or_path={moved}"]) == 0
+    for command in (export, verify):
+        capsys.readouterr()
+        assert main([*command, f"model.model_name_or_path={other}"]) == 74
+        assert "fingerprint" in capsys.readouterr().err
 
 
 def test_nothing_exported_and_too_little_to_calibrate_on_are_said(finished, capsys):

@@ -49,7 +49,6 @@ def source(run):
         base=str(run.base),
         revision=None,
         held=Held(run.options.method, run.options.double_quant, run.options.dtype),
-        fingerprint=read_json(run.adapter / "training.json")["base_fingerprint"],
         tokenizer=run.tokenizer,
         stop_ids=[run.tokenizer.eos_token_id],
     )

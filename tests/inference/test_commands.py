@@ -2,10 +2,12 @@
 
 import io
 import json
+import shutil
 
 import pytest
 
 from qlora_trainer.__main__ import main
+from tests import tiny
 from tests.export import runs
 
 ROWS = [
@@ -49,6 +51,29 @@ def test_chat_answers_each_line_of_a_pipe(finished, capsys, monkeypatch):
     assert main(["chat", f"run={finished.adapter.parent}"]) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first == second and first
+
+
+def test_a_base_that_was_moved_is_named_and_another_is_refused(finished, capsys, monkeypatch, tmp_path):
+    folder, moved = finished.adapter.parent, tmp_path / "moved"
+    other = tiny.save(tmp_path / "other", seed=5, intermediate_size=128)
+    chat, evaluate = ["chat", f"run={folder}"], ["evaluate", f"run={folder}"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    assert main(chat) == 0
+    answer = capsys.readouterr().out
+    shutil.move(finished.base, moved)
+    try:
+        for command in (chat, evaluate):
+            assert main(command) == 66
+            said = capsys.readouterr().err.strip()
+            assert said.count("\n") == 0 and "model.model_name_or_path" in said and str(finished.base) in said
+            assert main([*command, f"model.model_name_or_path={other}"]) == 74
+            assert "fingerprint" in capsys.readouterr().err
+        monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+        assert main([*chat, f"model.model_name_or_path={moved}"]) == 0
+        assert capsys.readouterr().out == answer
+        assert main([*evaluate, f"model.model_name_or_path={moved}"]) == 0
+    finally:
+        shutil.move(moved, finished.base)
 
 
 def test_a_run_that_is_not_there_ends_in_one_line(tmp_path, capsys):
