@@ -27,8 +27,9 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.model.forward import ReferenceForward
 from qlora_trainer.model.fuse import GraphedMicroStep, fuse
 from qlora_trainer.model.lora import LoraOptions, attach
-from qlora_trainer.model.offload import LayerStream, offload_layers
+from qlora_trainer.model.offload import StreamedWeights, offload_layers
 from qlora_trainer.model.synthetic import random_base
+from qlora_trainer.objectives.sft import sft
 from qlora_trainer.optim import make_optimizer
 from qlora_trainer.plan import hardware, shapes
 from qlora_trainer.plan.hardware import GIB
@@ -236,9 +237,9 @@ def measure(cell: Cell, plan: RunPlan, room: Room, steps: int) -> Measured:
         device.shape(cell.shape)["vocab_size"],
         torch.Generator().manual_seed(0),
     )
-    step: MicroStep | GraphedMicroStep = MicroStep(forward, device.device)
+    step: MicroStep | GraphedMicroStep = MicroStep(forward, sft, device.device)
     if plan.graphs:
-        step = GraphedMicroStep(forward, [p for p in model.parameters() if p.requires_grad])
+        step = GraphedMicroStep(forward, sft, [p for p in model.parameters() if p.requires_grad])
     if plan.path == "reference":
         batch = batch.to(device.device)
     step.scale.fill_(1.0 / batch.n_supervised)
@@ -280,5 +281,5 @@ def forward_of(model: Any, plan: RunPlan, base_gemm: str) -> Callable[..., torch
     )
     assert report.fused and not report.fallbacks, report.fallbacks
     if plan.offload == "layers":
-        LayerStream(forward)  # its weights hold on to it
+        StreamedWeights(forward)  # its weights hold on to it
     return forward

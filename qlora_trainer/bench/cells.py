@@ -29,8 +29,7 @@ class Cell:
     base_gemm: str = "bf16"
     resident_bytes: int | None = None
     embeddings: str = "device"
-    mlp_rows: int = 4096
-    logits_bytes: int = 512 << 20
+    logits_bytes: int | None = None
     graph: bool = True
 
 

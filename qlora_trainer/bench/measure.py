@@ -20,6 +20,7 @@ from torch import nn
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.fuse import FuseReport, GraphedMicroStep, fuse
 from qlora_trainer.model.fused.decoder import FusedForward
+from qlora_trainer.objectives.sft import sft
 from qlora_trainer.optim.adamw import AdamW
 
 from .cells import Cell, make_batch
@@ -27,7 +28,7 @@ from .cells import Cell, make_batch
 # a kernel belongs to the first line that one of its marks occurs in
 KINDS: list[tuple[str, tuple[str, ...]]] = [
     ("attention", ("flash", "fmha", "sdpa", "attention", "cudnn_generated", "mha")),
-    ("thin products", ("_thin_", "splitK", "splitk")),
+    ("adapter gradients", ("_adapter_grad", "splitK", "splitk")),
     ("dropout", ("_dropped_",)),
     ("dequantization", ("_dequantize_kernel", "_pack_kernel")),
     ("norms", ("_rms_norm",)),
@@ -82,8 +83,7 @@ class Bench:
         """(one optimizer step, [tokens, non-pad, supervised] of it, what was fused)."""
         forward, report = fuse(
             self.model, activations=cell.activations, base_gemm=cell.base_gemm,
-            resident_bytes=cell.resident_bytes, embeddings=cell.embeddings, mlp_rows=cell.mlp_rows,
-            logits_bytes=cell.logits_bytes,
+            resident_bytes=cell.resident_bytes, embeddings=cell.embeddings, logits_bytes=cell.logits_bytes,
         )  # fmt: skip
         if not isinstance(forward, FusedForward):
             raise ConfigError(f"bench measures the fast path: {'; '.join(report.lines())}")
@@ -96,7 +96,7 @@ class Bench:
         ]
         scale = 1.0 / counts[2]
         if cell.graph:
-            graphed = GraphedMicroStep(forward, self.parameters)
+            graphed = GraphedMicroStep(forward, sft, self.parameters)
             graphed.scale.fill_(scale)
 
         def step() -> torch.Tensor:
@@ -105,7 +105,7 @@ class Bench:
                 if cell.graph:
                     total += graphed(batch)
                 else:
-                    loss = forward(batch)
+                    loss = sft(forward(batch))
                     (loss * scale).backward()
                     total += loss.detach()
             self.optimizer.step(self.learning_rate, 0.3)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qlora_trainer.checkpoint.disk import write_json
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.data import Batch, TokenizedData
+from qlora_trainer.data import TokenizedData
 from qlora_trainer.evaluate import report
 from qlora_trainer.evaluate.generate import Sampling
 from qlora_trainer.evaluate.held_out import HeldOut
 from qlora_trainer.evaluate.score import score_base_and_tuned
 from qlora_trainer.inference.stop import pad_id
+from qlora_trainer.model.forward import Forward
 
 FILE = "evaluation.json"
 
@@ -26,7 +26,7 @@ def compare(
     config: RunConfig,
     folder: Path,
     model: PeftModel,
-    forward: Callable[[Batch], Tensor],
+    forward: Forward,
     tokenizer: PreTrainedTokenizerBase,
     stops: Sequence[int],
     held_out: Sequence[TokenizedData],

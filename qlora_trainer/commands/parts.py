@@ -32,7 +32,7 @@ from qlora_trainer.model.fuse import fuse
 from qlora_trainer.model.fused.decoder import FusedForward
 from qlora_trainer.model.load import BaseOptions, load_base
 from qlora_trainer.model.lora import attach
-from qlora_trainer.model.offload import LayerStream, offload_layers
+from qlora_trainer.model.offload import StreamedWeights, offload_layers
 from qlora_trainer.model.residual import is_residual
 from qlora_trainer.model.source import resolve
 from qlora_trainer.plan import screen
@@ -130,7 +130,7 @@ def make_forward(run: Run, model: PeftModel, plan: RunPlan) -> FusedForward | Re
         if plan.offload == "layers":
             if not isinstance(forward, FusedForward):
                 raise ConfigError(f"model.offload=layers needs the fast path: {'; '.join(report.lines())}")
-            LayerStream(forward)
+            StreamedWeights(forward)
         for line in report.lines():
             run.say(f"         {line}", "dim")
     if isinstance(forward, ReferenceForward) and "full" in plan.policies:

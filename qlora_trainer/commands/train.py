@@ -43,6 +43,7 @@ from qlora_trainer.model.forward import ReferenceForward
 from qlora_trainer.model.fuse import GraphedMicroStep
 from qlora_trainer.model.fused.decoder import FusedForward
 from qlora_trainer.model.load import load_tokenizer, pick_device
+from qlora_trainer.objectives.sft import sft
 from qlora_trainer.optim import make_optimizer, schedule
 from qlora_trainer.plan.plan import RunPlan
 from qlora_trainer.system import redact
@@ -211,9 +212,9 @@ def _loop(
     micro_step: MicroStep | GraphedMicroStep
     if isinstance(forward, FusedForward) and plan.graphs:
         trainable = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
-        micro_step = GraphedMicroStep(forward, trainable, longest=loader.longest)
+        micro_step = GraphedMicroStep(forward, sft, trainable, longest=loader.longest)
     else:
-        micro_step = MicroStep(forward, ranks.device)
+        micro_step = MicroStep(forward, sft, ranks.device)
 
     def release() -> None:
         state.optimizer.release_gpu_pages()
@@ -246,7 +247,7 @@ def _loop(
 
     def loss_of(batch: Batch) -> Tensor:
         with evaluating(state.model):
-            return forward(batch.to(ranks.device))
+            return sft(forward(batch.to(ranks.device)))
 
     def evaluate() -> dict[str, float] | None:
         part = LossSum()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qlora_trainer.data.batch import Batch
+from qlora_trainer.model.forward import Forward
+from qlora_trainer.objectives.sft import sft
 
 
 @dataclass(frozen=True)
@@ -45,20 +47,20 @@ class LossSum:
 
 
 def measure_loss(
-    forward: Callable[[Batch], Tensor], batches: Iterable[Batch], device: torch.device | str = "cpu"
+    forward: Forward, batches: Iterable[Batch], device: torch.device | str = "cpu", adapters: bool = True
 ) -> LossSum:
     """Adds up `forward` over `batches` in float64, without gradients.
 
     Args:
-        forward: batch -> float32 scalar, the *sum* of loss_weights times cross-entropy.
         batches: held-out batches; each is moved to `device`.
+        adapters: False measures the base alone.
 
     The caller puts the model into evaluation mode (see `evaluating`), or dropout stays on.
     """
     total = LossSum()
     with torch.no_grad():
         for batch in batches:
-            nll = float(forward(batch.to(device)))
+            nll = float(sft(forward(batch.to(device), adapters)))
             # The first position has no predecessor, so no loss is taken there whatever its weight says.
             weight = float(batch.loss_weights[:, 1:].sum(dtype=torch.float64))
             total += LossSum(nll, weight, batch.n_supervised)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qlora_trainer.data.batch import Batch
 from qlora_trainer.evaluate.generate import Sampling, generate
 from qlora_trainer.evaluate.held_out import HeldOut
 from qlora_trainer.evaluate.match import match
 from qlora_trainer.evaluate.perplexity import evaluating, measure_loss
 from qlora_trainer.evaluate.report import Scores
 from qlora_trainer.inference.stop import pad_id
+from qlora_trainer.model.forward import Forward
 from qlora_trainer.model.residual import base_alone
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 def score(
     model: PreTrainedModel | PeftModel,
-    forward: Callable[[Batch], Tensor],
+    forward: Forward,
     held_out: HeldOut,
     tokenizer: PreTrainedTokenizerBase,
     stop_ids: Sequence[int],
@@ -45,7 +44,7 @@ def score(
 
 def score_base_and_tuned(
     model: PeftModel,
-    forward: Callable[[Batch], Tensor],
+    forward: Forward,
     held_out: HeldOut,
     tokenizer: PreTrainedTokenizerBase,
     stop_ids: Sequence[int],

@@ -42,8 +42,8 @@ class Operations:
     rotary_backward: Callable[..., None]
     glu: Callable[..., None]
     glu_backward_: Callable[..., None]
-    cross_entropy_: Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
-    thin_gradient: Callable[..., None]
+    cross_entropy_: Callable[[Tensor, Tensor, float | None], Tensor]
+    adapter_grad: Callable[..., None]
     project_dropped: Callable[[Tensor, Tensor, Dropout, Tensor], None]
     add_dropped_: Callable[[Tensor, Tensor, Tensor, Dropout], None]
     quantize_fp8: Callable[[Tensor, Fp8Rows], None]
@@ -67,9 +67,9 @@ def plain() -> Operations:
 
 def triton_set() -> Operations:
     """The Triton set (compiled for a GPU; interpreted on the CPU under TRITON_INTERPRET=1)."""
-    from . import cross_entropy, dequantize, dropout, fp8, glu, norm, pack, rotary, thin
+    from . import adapter_grad, cross_entropy, dequantize, dropout, fp8, glu, norm, pack, rotary
 
-    return _from("triton", cross_entropy, dequantize, dropout, fp8, glu, norm, pack, rotary, thin)
+    return _from("triton", adapter_grad, cross_entropy, dequantize, dropout, fp8, glu, norm, pack, rotary)
 
 
 def pick(device: torch.device) -> tuple[Operations, str]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 _aten = torch.ops.aten
-ACCUMULATED = 1 << 29  # bytes of float32 gradient that a backward pass may sum up in at once
+_ACCUMULATED = 1 << 29  # bytes of float32 gradient that a backward pass may sum up in at once
 _INT32 = 1 << 31  # elements: what is larger does not reach an operation whole
 
 
@@ -125,6 +125,16 @@ def _parts(heads: int, size: int, most: int) -> int:
     return next((n for n in range(1, heads + 1) if heads % n == 0 and size <= n * most), heads)
 
 
+def accumulation_parts(q_numel: int, key_heads: int) -> int:
+    """Shares of the heads that a backward pass over `q_numel` elements of queries takes one after another."""
+    return _parts(key_heads, 4 * q_numel, _ACCUMULATED)
+
+
+def copies(numel: int) -> bool:
+    """Whether a tensor of `numel` elements reaches an operation only as copies of its heads."""
+    return numel >= _INT32
+
+
 def _span(x: Tensor) -> int:
     """Elements from the first of a [M, H, D] view to its last."""
     return (x.shape[0] - 1) * x.stride(0) + x.shape[1] * x.shape[2]
@@ -134,7 +144,7 @@ def _share(x: Tensor, part: int, parts: int) -> Tensor:
     """The heads of one part: a view, or a copy where its rows lie too far apart for 32-bit offsets."""
     heads = x.shape[1] // parts
     view = x[:, part * heads : (part + 1) * heads]
-    return view if _span(x) < _INT32 else view.contiguous()
+    return view.contiguous() if copies(_span(x)) else view
 
 
 def _head_axis(log_sum_exp: Tensor) -> int:
@@ -197,7 +207,7 @@ def attend_backward(
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q [M, Hq, D] and of k, v [M, Hk, D]. That of q may take the place of `d_out`."""
-    parts = _parts(k.shape[1], 4 * q.numel(), ACCUMULATED)
+    parts = accumulation_parts(q.numel(), k.shape[1])
     if parts == 1:
         return _attend_backward(d_out, q, k, v, out, state, layout, scale, window)
     log_sum_exp, *rest = state

@@ -1,4 +1,4 @@
-"""Weighted cross-entropy of a chunk of logits, whose gradient replaces the logits in place.
+"""Cross-entropy of a chunk of logits, whose gradient replaces the logits in place.
 
 One program a row, two passes: online log-sum-exp, then the gradient. The second pass finds the row
 in L2 (a row of 128k bfloat16 logits is 256 KB), so device memory sees one read and one write.
@@ -23,7 +23,6 @@ def _capped(x, softcap, SOFTCAP: tl.constexpr):
 def _cross_entropy_kernel(
     logits_ptr,
     targets_ptr,
-    weights_ptr,
     losses_ptr,
     v,
     stride,
@@ -34,7 +33,6 @@ def _cross_entropy_kernel(
     row = tl.program_id(0).to(tl.int64)
     base = logits_ptr + row * stride
     target = tl.load(targets_ptr + row)
-    weight = tl.load(weights_ptr + row)
     column = tl.arange(0, BLOCK)
     largest = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -49,7 +47,7 @@ def _cross_entropy_kernel(
     peak = tl.max(largest, axis=0)
     lse = peak + tl.log(tl.sum(total * tl.exp(largest - peak), axis=0))
     chosen = _capped(tl.load(base + target).to(tl.float32), softcap, SOFTCAP)
-    tl.store(losses_ptr + row, (lse - chosen) * weight)
+    tl.store(losses_ptr + row, lse - chosen)
     tl.debug_barrier()  # the target's logit is read before its gradient replaces it
     for start in range(0, v, BLOCK):
         inside = start + column < v
@@ -58,15 +56,15 @@ def _cross_entropy_kernel(
         grad = tl.exp(x - lse) - tl.where(start + column == target, 1.0, 0.0)
         if SOFTCAP:
             grad *= 1.0 - (x / softcap) * (x / softcap)
-        tl.store(base + start + column, (grad * weight).to(logits_ptr.dtype.element_ty), mask=inside)
+        tl.store(base + start + column, grad.to(logits_ptr.dtype.element_ty), mask=inside)
 
 
-def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor, softcap: float | None) -> Tensor:
+def cross_entropy_(logits: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
     """As `reference.cross_entropy_`."""
     rows, v = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     _cross_entropy_kernel[(rows,)](
-        logits, targets, weights, losses, v, logits.stride(0), softcap or 1.0, SOFTCAP=softcap is not None,
+        logits, targets, losses, v, logits.stride(0), softcap or 1.0, SOFTCAP=softcap is not None,
         BLOCK=min(4096, triton.next_power_of_2(v)), num_warps=8,
     )  # fmt: skip
     return losses

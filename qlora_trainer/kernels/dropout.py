@@ -4,7 +4,7 @@ Comes in: activations, a group's stacked A, the numbers its masks are made from 
 Goes out: u = scale · (mask ∘ x)·Aᵀ for the forward product's border, and, added to the base's share of
 the gradient, scale · mask ∘ (v·A). Every adapter of a group has a mask of its own, so programs for the
 same tile of x and different adapters run side by side: all but the first find it in the L2 cache.
-`thin.py` and `glu.py` make the same masks for the gradients of A.
+`adapter_grad.py` and `glu.py` make the same masks for the gradients of A.
 
 A mask costs about six integer operations an element, as 32 mixed bits decide on two neighbouring
 columns. Bit for bit those of `reference.kept`.

@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .adapter_grad import adapter_grad, add_partials
 from .dropout import MASK_NUMBERS, kept, mask_arguments, mask_key
 from .fp8 import row_warps, store_row
-from .thin import add_partials, thin_gradient
 from .types import Dropout, Fp8Rows, Target
 
 
@@ -106,7 +106,7 @@ def _few_columns(pointer, row, rank, stride, rank0, n, in_rows):
 
 
 @triton.jit(do_not_specialize=MASK_NUMBERS)
-def _glu_backward_thin_kernel(
+def _glu_backward_adapter_grad_kernel(
     d_act_ptr, gate_up_ptr, v_ptr, u_ptr, partial_ptr, m, f, rows_a_split,
     d_act_stride, gate_up_stride, v_stride, u_stride, v_n, gate_rank0, gate_n, up_rank0, up_n,
     seed_ptr, first, row0, start1, start2, threshold, ADAPTERS: tl.constexpr,
@@ -198,7 +198,7 @@ def glu_backward_(
             (u[:, ranks[1][0] : sum(ranks[1])], gate_up[:, f:], up, None),
         ):
             if targets:
-                thin_gradient(narrow, wide, None, None, targets, masks)
+                adapter_grad(narrow, wide, None, None, targets, masks)
         return
     rank = max(16, triton.next_power_of_2(widest))
     bm, bc, warps, stages, programs = _tile()
@@ -207,7 +207,7 @@ def glu_backward_(
     rows = triton.cdiv(triton.cdiv(m, splits), bm) * bm
     splits = triton.cdiv(m, rows)
     partial = torch.empty((splits, 3, rank, f), dtype=torch.float32, device=d_act.device)
-    _glu_backward_thin_kernel[(blocks, splits)](
+    _glu_backward_adapter_grad_kernel[(blocks, splits)](
         d_act, gate_up, v, u, partial, m, f, rows,
         d_act.stride(0), gate_up.stride(0), v.stride(0), u.stride(0), v.shape[1], *ranks[0], *ranks[1],
         **mask_arguments(dropout, d_act),

@@ -247,27 +247,27 @@ def glu_backward_(
         (u[:, ranks[1][0] : sum(ranks[1])], d_up, up, None),
     ):
         if targets:
-            thin_gradient(narrow, wide, None, None, targets, masks)
+            adapter_grad(narrow, wide, None, None, targets, masks)
 
 
-def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor, softcap: float | None) -> Tensor:
-    """Weighted cross-entropy of each row, float32 [S]; `logits` [S, V] become its gradient, in place.
+def cross_entropy_(logits: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+    """Cross-entropy of each row, float32 [S]; `logits` [S, V] become its gradient, in place.
 
     softcap: logits pass through cap·tanh(logits / cap) first (Gemma 2).
     """
     raw = _wide(logits)
     value = raw if softcap is None else softcap * torch.tanh(raw / softcap)
     lse = torch.logsumexp(value, dim=-1)
-    losses = (lse - value.gather(1, targets[:, None]).squeeze(1)) * weights
+    losses = lse - value.gather(1, targets[:, None]).squeeze(1)
     grad = torch.exp(value - lse[:, None])
     grad.scatter_add_(1, targets[:, None], -torch.ones_like(grad[:, :1]))
     if softcap is not None:
         grad *= 1 - (value / softcap) ** 2
-    logits.copy_(grad * weights[:, None])
+    logits.copy_(grad)
     return losses
 
 
-def thin_gradient(
+def adapter_grad(
     narrow: Tensor,
     wide: Tensor,
     row_scale: Tensor | None,

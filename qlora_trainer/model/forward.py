@@ -1,11 +1,14 @@
 """The reference path: unmodified transformers, PEFT and bitsandbytes modules give a batch its loss.
 
-In: a model and a `Batch`. Out: one float32 scalar, the *sum* over supervised tokens of weight times
-cross-entropy; the loop divides by the weight of the whole optimizer step. The LM head runs on
-supervised positions only.
+In: a model and a `Batch`. Out: `TokenNll`, the cross-entropy of each supervised token, of which an objective
+makes the loss. The LM head runs on supervised positions only.
 """
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +16,32 @@ from torch import Tensor, nn
 
 from qlora_trainer.data.batch import IGNORE, Batch
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.model.residual import base_alone
+
+
+@dataclass(frozen=True)
+class TokenNll:
+    """Negative log-likelihoods of a micro-batch, in nats; positions that are only padding have weight 0.
+
+    nll: float32 [S], differentiable in the adapter's parameters. weights: float32 [S], of the data.
+    positions: int64 [S], of the predicting token among the B·T of the batch.
+    """
+
+    nll: Tensor
+    weights: Tensor
+    positions: Tensor
+
+
+class Forward(Protocol):
+    """A path through the model: the reference's or the fast one's."""
+
+    def __call__(self, batch: Batch, adapters: bool = True) -> TokenNll:
+        """adapters=False: of the base alone, without gradients."""
+        ...
 
 
 class ReferenceForward:
-    """Callable `batch -> loss sum`, differentiable in the adapter's parameters.
+    """A `Forward` by the model's own modules.
 
     Attention between packed documents is isolated in one of two ways, whichever the architecture
     honours: most of transformers sees restarting `position_ids` and masks (every attention kernel
@@ -24,24 +49,41 @@ class ReferenceForward:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model: Any = model
         self._explicit_mask: bool | None = None  # not known before the first packed batch
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: Batch, adapters: bool = True) -> TokenNll:
+        if adapters:
+            return self._nll(batch)
+        with torch.no_grad(), self.base_alone():
+            return self._nll(batch)
+
+    def base_alone(self) -> AbstractContextManager[None]:
+        """Inside, the modules compute what the base did before anything was trained."""
+        return base_alone(self.model)
+
+    @property
+    def begins_in_weights(self) -> bool:
+        """Whether the adapters began as a part of the base's weights (PiSSA, OLoRA)."""
+        return bool(getattr(self.model, "beginnings", None))
+
+    def _nll(self, batch: Batch) -> TokenNll:
         targets = batch.labels[:, 1:]
         # Position t predicts t+1. Rows share one index, so that any architecture's own
         # `logits_to_keep` serves, soft-caps and scaled logits included.
         keep = (targets != IGNORE).any(dim=0).nonzero().squeeze(1)
         if keep.numel() == 0:
-            return torch.zeros((), device=batch.input_ids.device, requires_grad=True)
+            nothing = torch.zeros(0, device=batch.input_ids.device)
+            return TokenNll(nothing.clone().requires_grad_(), nothing, keep)
         logits = self.logits(batch, keep)
-        losses = F.cross_entropy(
+        nll = F.cross_entropy(
             logits.float().flatten(0, 1),
             targets[:, keep].flatten(),
             reduction="none",
             ignore_index=IGNORE,
         )
-        return (losses * batch.loss_weights[:, 1:][:, keep].flatten()).sum()
+        first = torch.arange(len(targets), device=keep.device)[:, None] * batch.labels.shape[1]
+        return TokenNll(nll, batch.loss_weights[:, 1:][:, keep].flatten(), (first + keep).flatten())
 
     def logits(self, batch: Batch, keep: Tensor) -> Tensor:
         """Logits [B, len(keep), V] at the positions `keep` (int64 [n])."""

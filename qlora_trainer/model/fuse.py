@@ -1,6 +1,6 @@
 """The fast path: a PEFT model's own weights and adapters, run by hand-made functions over `kernels/`.
 
-In: a model as `load` and `lora` left it. Out: `forward(batch) -> loss sum` with the reference's
+In: a model as `load` and `lora` left it. Out: `forward(batch) -> TokenNll` with the reference's
 meaning (`forward.py`), and a report of what was fused and what was not, with the reason. Modules
 are neither replaced nor patched: checkpoints and exports do not know which path ran.
 """
@@ -18,18 +18,19 @@ from qlora_trainer.errors import ConfigError
 from qlora_trainer.kernels import Operations, pick
 
 from .forward import ReferenceForward
+from .fused.activations import ON_HOST, POLICIES, RECOMPUTED, HostStore
 from .fused.bind import bind, bind_norm
 from .fused.decoder import FusedForward, ModuleLayer
 from .fused.describe import describe_model, layer_type_of, window_of
 from .fused.graph import GraphedMicroStep
-from .fused.head import FusedHead, ModuleHead
-from .fused.keep import ON_HOST, POLICIES, RECOMPUTED, HostStore
+from .fused.head import CHUNK_BYTES, FusedHead, ModuleHead
 from .fused.layer import FusedLayer
-from .fused.parts import LayerParts
-from .fused.projection import Projection, Workspace
+from .fused.mlp import TOKENS_AT_ONCE
+from .fused.projection import Projection
 from .fused.projection_fp8 import Fp8Projection
 from .fused.rotary import Rotary
 from .fused.spec import Declined, HeadSpec, drawn_together
+from .fused.workspace import Workspace
 from .layers import causal_of
 
 __all__ = ["FuseReport", "GraphedMicroStep", "fuse"]
@@ -72,20 +73,20 @@ def fuse(
     base_gemm: str = "bf16",
     resident_bytes: int | None = None,
     embeddings: str = "device",
-    mlp_rows: int = 4096,
+    tokens_at_once: int = TOKENS_AT_ONCE,
     logits_bytes: int | None = None,
 ) -> tuple[FusedForward | ReferenceForward, FuseReport]:
     """Builds the fast forward of `model`, in training mode.
 
     Args:
-        activations: a policy of `fused/keep.py` for all layers, or one a layer.
+        activations: a policy of `fused/activations.py` for all layers, or one a layer.
         base_gemm: "bf16" (the compute dtype) or "fp8": row-scaled e4m3 products on Hopper and Ada;
             on a CPU the same numbers, slowly.
         resident_bytes: device memory for dequantized copies of the base, filled layer by layer; None
             for all of it on a CPU and nothing on a GPU. fp8 always keeps its e4m3 copies.
         embeddings: "device", or "host" to keep an untied embedding table in pinned memory.
-        mlp_rows: tokens of the MLP in flight at once in layers that recompute it.
-        logits_bytes: size of a chunk of logits; None for 512 MiB on a GPU and 64 MiB on a CPU.
+        tokens_at_once: of the MLP, in layers that recompute it.
+        logits_bytes: size of a chunk of logits; None for the device's own (`head.CHUNK_BYTES`).
 
     Raises:
         ConfigError: a policy or a precision this machine or model cannot follow.
@@ -109,7 +110,7 @@ def fuse(
     host = HostStore(device) if {*policies} & {*ON_HOST} and device.type == "cuda" else None
 
     layers: list[FusedLayer | ModuleLayer] = []
-    parts_of: list[LayerParts] = []
+    on_path: list[FusedLayer] = []
     layer_types: list[str | None] = []
     for i, (described, policy) in enumerate(zip(spec.layers, policies, strict=True)):
         module: Any = decoder.layers[i]
@@ -120,10 +121,10 @@ def fuse(
             layers.append(ModuleLayer(module, layer_type, window, recompute))
             layer_types.append(layer_type)
             continue
-        parts = bind(described, module, f"layers.{i}", operations, workspace, make)
-        layers.append(FusedLayer(i, parts, operations, policy, host, mlp_rows))
-        parts_of.append(parts)
-        layer_types.append(parts.layer_type)
+        parts = bind(described, module, operations, workspace, make)
+        on_path.append(FusedLayer(i, parts, operations, policy, host, tokens_at_once))
+        layers.append(on_path[-1])
+        layer_types.append(described.layer_type)
 
     def fused(i: int) -> str:
         where = " (kept where they are: no GPU)" if policies[i] in ON_HOST and host is None else ""
@@ -131,21 +132,22 @@ def fuse(
 
     report = FuseReport(reason, spec.modules(fused), activations=policies)
     everything = base_gemm == "fp8" or (device.type == "cpu" and resident_bytes is None)
-    report.resident_bytes = _make_resident(parts_of, float("inf") if everything else resident_bytes or 0)
+    report.resident_bytes = _make_resident(on_path, float("inf") if everything else resident_bytes or 0)
     report.workspace_bytes = workspace.nbytes
-    border = parts_of[-1].down.border if parts_of else 0
-    chunk = logits_bytes or (512 << 20 if device.type == "cuda" else 64 << 20)
+    border = on_path[-1].mlp.parts.down.size.border if on_path else 0
+    chunk = logits_bytes or CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"])
     head = _head(causal, spec.head, operations, chunk, border)
     on_host = _embeddings_on_host(causal, embed, embeddings, report)
     rotary = Rotary(decoder.rotary_emb, layer_types)
-    return FusedForward(device, workspace, embed, on_host, rotary, layers, head, host), report
+    modules = ReferenceForward(model)
+    return FusedForward(workspace, embed, on_host, rotary, layers, head, host, modules), report
 
 
-def _make_resident(parts_of: list[LayerParts], left: float) -> int:
+def _make_resident(layers: list[FusedLayer], left: float) -> int:
     """Dequantizes once, as far as `left` bytes go; returns the bytes taken."""
     taken = 0
-    for parts in parts_of:
-        for projection in parts.projections:
+    for layer in layers:
+        for projection in layer.projections:
             size = projection.resident_nbytes
             if size <= left:
                 projection.make_resident()

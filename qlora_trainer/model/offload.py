@@ -11,7 +11,7 @@ Only the fast path reads such a model; transformers' own modules do not find the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import replace
 from typing import Any
 
 import bitsandbytes as bnb
@@ -66,24 +66,25 @@ def offload_layers(model: nn.Module, layers: Sequence[nn.Module], device: torch.
     return taken
 
 
-class LayerStream:
-    """Two slots on the device that the layers of a fused forward pass through.
+class StreamedWeights:
+    """A `WeightStore` of two slots on the device that the layers of a fused forward pass through.
 
     Args:
-        forward: made by `fuse` from a model that `offload_layers` prepared; its weights are replaced
-            by ones that ask for their layer when they are read.
+        forward: made by `fuse` from a model that `offload_layers` prepared; this becomes its store.
     """
 
     def __init__(self, forward: FusedForward) -> None:
         self.device = forward.device
         self._homes: list[Tensor] = []  # codes of each layer, uint8 [bytes], on the host
-        for layer in forward.layers:
+        self._layers: dict[int, int] = {}  # where a layer's codes are at home -> its number
+        for number, layer in enumerate(forward.layers):
             if not isinstance(layer, FusedLayer):
                 raise ConfigError(
                     "model.offload=layers streams layers of the fast path, and some are not of it "
                     "(see the reasons above); set model.offload=none"
                 )
             self._homes.append(self._home(layer))
+            self._layers[self._homes[-1].untyped_storage().data_ptr()] = number
         widest = max(home.numel() for home in self._homes)
         self._slots = [torch.empty(widest, dtype=torch.uint8, device=self.device) for _ in range(2)]
         self._holds: list[int | None] = [None, None]
@@ -92,12 +93,7 @@ class LayerStream:
             self._copies = torch.cuda.Stream(self.device)
             self._arrived = [torch.cuda.Event(), torch.cuda.Event()]
             self._copies.wait_stream(torch.cuda.current_stream(self.device))
-        for number, layer in enumerate(forward.layers):
-            assert isinstance(layer, FusedLayer)
-            for projection in layer.parts.projections:
-                for member in projection.members:
-                    if isinstance(member.weight, QuantizedWeight):
-                        member.weight = StreamedWeight(member.weight, number, self)
+        forward.workspace.store = self
 
     @property
     def nbytes(self) -> int:
@@ -106,7 +102,7 @@ class LayerStream:
 
     @staticmethod
     def _home(layer: FusedLayer) -> Tensor:
-        weights = [m.weight for p in layer.parts.projections for m in p.members]
+        weights = [m.weight for p in layer.projections for m in p.members]
         storages = {
             w.packed.untyped_storage().data_ptr(): w.packed for w in weights if isinstance(w, QuantizedWeight)
         }
@@ -116,7 +112,14 @@ class LayerStream:
         whole = torch.empty(0, dtype=torch.uint8)
         return whole.set_(packed.untyped_storage())
 
-    def slot(self, number: int) -> Tensor:
+    def codes(self, weight: QuantizedWeight) -> QuantizedWeight:
+        """The weight with its codes in the layer's slot."""
+        home = weight.packed
+        slot = self._slot(self._layers[home.untyped_storage().data_ptr()])
+        start = home.storage_offset()
+        return replace(weight, packed=slot[start : start + home.numel()].view(home.shape))
+
+    def _slot(self, number: int) -> Tensor:
         """The codes of layer `number` on the device, uint8 [bytes]; starts fetching the one after it."""
         if number != self._last:
             self._direction = 1 if number > self._last else -1
@@ -143,27 +146,3 @@ class LayerStream:
         with torch.cuda.stream(self._copies):
             room.copy_(home, non_blocking=True)
             self._arrived[slot].record()
-
-
-class StreamedWeight(QuantizedWeight):
-    """A 4-bit weight whose codes are on the device only while its layer is at work."""
-
-    _span: slice
-    _packed_shape: torch.Size
-    _layer: int
-    _stream: LayerStream
-
-    def __init__(self, weight: QuantizedWeight, layer: int, stream: LayerStream) -> None:
-        for spec in fields(QuantizedWeight):
-            if spec.name != "packed":
-                object.__setattr__(self, spec.name, getattr(weight, spec.name))
-        start = weight.packed.storage_offset()
-        object.__setattr__(self, "_span", slice(start, start + weight.packed.numel()))
-        object.__setattr__(self, "_layer", layer)
-        object.__setattr__(self, "_stream", stream)
-        object.__setattr__(self, "_packed_shape", weight.packed.shape)
-
-    @property
-    def packed(self) -> Tensor:
-        """uint8 [N*K/2, 1] in the layer's slot; valid until another layer's is read twice."""
-        return self._stream.slot(self._layer)[self._span].view(self._packed_shape)

@@ -15,7 +15,7 @@ from qlora_trainer.plan.hardware import Hardware
 from qlora_trainer.plan.reference_path import ReferencePath
 from qlora_trainer.plan.settings import Settings
 from qlora_trainer.plan.shapes import ModelShape
-from qlora_trainer.plan.speed import busy_tokens, micro_batch_seconds, optimizer_seconds, repeated_work
+from qlora_trainer.plan.speed import busy_from, micro_batch_seconds, optimizer_seconds, repeated_work
 
 USABLE = 0.97  # of the device: the rest goes to fragmentation
 COMFORTABLE = 0.92  # of the device: with the margin by which the plan may be wrong left free
@@ -106,7 +106,7 @@ def graph_memory(shape: ModelShape, settings: Settings, step: memory.Phase) -> i
     """What CUDA graphs hold on to: the first pass over each further shape cannot use it."""
     if not captures(shape, settings):
         return 0
-    largest = min(settings.tokens, busy_tokens(shape))
+    largest = min(settings.tokens, busy_from(shape))
     return (step.parts["activations"] + step.parts["logits"]) * largest // settings.tokens
 
 
@@ -117,7 +117,7 @@ def captures(shape: ModelShape, settings: Settings) -> bool:
     """
     if settings.device == "cpu" or not settings.fast or settings.offload == "layers":
         return False
-    return settings.rows * settings.mean_length < busy_tokens(shape)
+    return settings.rows * settings.mean_length < busy_from(shape)
 
 
 def _fill(

@@ -13,7 +13,7 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.plan.hardware import GIB, Hardware
 from qlora_trainer.plan.shapes import ModelShape
 
-# Of model/fused/recognise.py's families those whose layers are fused (gemma2's soft-caps are declined).
+# Of model/fused/describe.py's families those whose layers are fused (gemma2's soft-caps are declined).
 FAST_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "phi3"}
 AUTO = "auto"
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -160,7 +160,7 @@ def from_config(
 
 
 def _why_reference(config: RunConfig, shape: ModelShape) -> str | None:
-    """What the fast path leaves to the reference, as `model/fused/recognise.py` decides it."""
+    """What the fast path leaves to the reference, as `model/fused/describe.py` decides it."""
     lora, method = config.lora, config.quantization.method
     reasons = {
         "model.kernels=reference": config.model.kernels != "auto",

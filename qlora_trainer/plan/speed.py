@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qlora_trainer.model.fused.inputs import busy_tokens
 from qlora_trainer.plan.fast_path import FastPath
 from qlora_trainer.plan.hardware import Hardware
 from qlora_trainer.plan.memory import adapter_parameters, is_quantized, layer_codes, path_of
@@ -50,13 +51,12 @@ REFERENCE = Reach(0.78, 0.5, 0.6, 0.12, adapter=0, starts=0.0, graphed=0.010, ho
 CPU = Reach(1.0, 1.0, 1.0, 1.0, adapter=0, starts=0.0, graphed=0.0, host=0.0)
 FP8 = 1.75  # times the speed of a product in bfloat16, its operands' way to e4m3 included (same machine)
 CPU_DEQUANTIZATION = 1.17  # an NF4 step beside one with dense weights
-# Micro-batches that graphs serve are padded; they are those below `busy_tokens` (model/fused/inputs.py).
-PADDED, BUSY = 1.08, 9e11
+PADDED = 1.08  # micro-batches that graphs serve are padded by that (`inputs.pad_to_bucket`)
 
 
-def busy_tokens(shape: ModelShape) -> int:
+def busy_from(shape: ModelShape) -> int:
     """Tokens of a micro-batch from which CUDA graphs are of no use."""
-    return int(BUSY / max(1, sum(x.numel for x in shape.linears) // shape.layers))
+    return busy_tokens(sum(x.numel for x in shape.linears) // shape.layers)
 
 
 def reach(settings: Settings) -> Reach:

@@ -1,7 +1,7 @@
 """The training loop: the one place that calls backward.
 
-In: a `forward` that gives a batch its loss sum, a loader that is a pure function of (epoch, index),
-an optimizer with a flat gradient buffer, and callbacks. Out: `Progress`, moved to the last step.
+In: a micro-step that gives a batch its loss sum and its gradients, a loader that is a pure function of
+(epoch, index), an optimizer with a flat gradient buffer, and callbacks. Out: `Progress`, at the last step.
 
 The loss of an optimizer step is sum(weight * cross-entropy) / sum(weight) over every micro-batch of
 every rank. The loader knows the denominator beforehand, so accumulating over micro-batches or over
@@ -28,6 +28,7 @@ from qlora_trainer.checkpoint import rng
 from qlora_trainer.data.batch import Batch
 from qlora_trainer.data.loader import StepBatch
 from qlora_trainer.errors import DivergedError, PreemptedError, QLoRAError, explained
+from qlora_trainer.model.forward import Forward, TokenNll
 from qlora_trainer.train.distributed import Ranks
 from qlora_trainer.train.health import MemoryGuard, count_nonfinite, poison
 from qlora_trainer.train.readback import Pace, Readback
@@ -113,12 +114,14 @@ class MicroStep:
     every step.
     """
 
-    def __init__(self, forward: Callable[[Batch], Tensor], device: torch.device) -> None:
-        self.forward, self.device = forward, device
+    def __init__(
+        self, forward: Forward, objective: Callable[[TokenNll], Tensor], device: torch.device
+    ) -> None:
+        self.forward, self.objective, self.device = forward, objective, device
         self.scale = torch.ones((), device=device)
 
     def __call__(self, batch: Batch) -> Tensor:
-        loss = self.forward(batch.to(self.device))
+        loss = self.objective(self.forward(batch.to(self.device)))
         (loss * self.scale).backward()
         return loss.detach()
 

@@ -10,6 +10,7 @@ from qlora_trainer.evaluate.match import Question
 from qlora_trainer.evaluate.report import comparison, show
 from qlora_trainer.evaluate.score import score_base_and_tuned
 from qlora_trainer.model.forward import ReferenceForward
+from qlora_trainer.objectives.sft import sft
 from tests import tiny
 from tests.batches import collate
 
@@ -27,7 +28,7 @@ def test_base_and_tuned_are_measured_by_switching_the_adapter():
     )
     with model.disable_adapter():
         model.eval()
-        plain = float(ReferenceForward(model)(batch).detach())
+        plain = float(sft(ReferenceForward(model)(batch)).detach())
     assert base.loss.nll == plain and tuned.loss.nll != plain
     console = Console(width=120, record=True, file=io.StringIO())
     show(comparison(base, tuned, examples=1), console)

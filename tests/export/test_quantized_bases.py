@@ -16,6 +16,7 @@ from qlora_trainer.inference.load import load, read_json
 from qlora_trainer.model.forward import ReferenceForward
 from qlora_trainer.model.load import BaseOptions, load_base
 from qlora_trainer.model.lora import LoraOptions, attach
+from qlora_trainer.objectives.sft import sft
 from tests import tiny
 from tests.batches import collate, documents
 from tests.export import runs
@@ -59,7 +60,7 @@ def test_every_base_trains_and_its_adapter_comes_back(tmp_path, held):
     optimizer = torch.optim.AdamW(trainable, lr=1e-2)
     losses = []
     for _ in range(4):
-        loss = forward(batch) / batch.n_supervised
+        loss = sft(forward(batch)) / batch.n_supervised
         loss.backward()
         assert all(parameter.grad is not None for parameter in trainable)
         optimizer.step()

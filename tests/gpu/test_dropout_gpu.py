@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qlora_trainer.model.forward import ReferenceForward
 from qlora_trainer.model.fuse import GraphedMicroStep, fuse
+from qlora_trainer.objectives.sft import sft
 from tests.gpu.test_fuse_gpu import FAMILIES, batches, build, distance, gradients, in_float32
 from tests.model.test_dropout import drawn, put_known_masks, seeded
 
@@ -20,7 +21,7 @@ POLICIES = ("none", "mlp", "full", "offload", "full_offload")
 def errors(family: str, layout: str, rank: int, **options: object) -> tuple[float, list[float]]:
     """Distance of gradients to float32's with the same masks: the reference's, the fast path's by policy."""
     model, batch = build(family, rank=rank, dropout=RATE), batches()[layout].to("cuda")
-    forwards = [fuse(model, activations=policy, mlp_rows=128, **options) for policy in POLICIES]
+    forwards = [fuse(model, activations=policy, tokens_at_once=128, **options) for policy in POLICIES]
     assert not any(report.fallbacks for _, report in forwards)
     found = [gradients(model, seeded(forward, SEED), batch) for forward, _ in forwards]
     put_known_masks(model, forwards[0][0], drawn(SEED).to("cuda"))
@@ -57,7 +58,7 @@ def test_a_captured_micro_step_repeats_the_eager_one_and_draws_new_masks(layout:
     parameters = [p for p in model.parameters() if p.requires_grad]
     for p in parameters:
         p.main_grad = torch.zeros_like(p, dtype=torch.float32)
-    step = GraphedMicroStep(fuse(model, activations=policy)[0], parameters)
+    step = GraphedMicroStep(fuse(model, activations=policy)[0], sft, parameters)
     step.scale.fill_(0.01)
 
     def once(seed: int) -> tuple[Tensor, list[Tensor]]:

@@ -12,6 +12,7 @@ from qlora_trainer.data.batch import Batch
 from qlora_trainer.model.forward import ReferenceForward
 from qlora_trainer.model.fuse import GraphedMicroStep, fuse
 from qlora_trainer.model.lora import LoraOptions, attach
+from qlora_trainer.objectives.sft import sft
 from tests.batches import collate, documents
 
 pytestmark = pytest.mark.gpu
@@ -67,7 +68,7 @@ def in_float32(model: nn.Module) -> nn.Module:
 
 def gradients(model: nn.Module, forward, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
-    loss = forward(batch)
+    loss = sft(forward(batch))
     loss.backward()
     found = {n: p.grad.float().clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -96,7 +97,7 @@ def test_error_to_float32_is_no_larger_than_the_references(family: str, layout: 
     _, plain = gradients(model, ReferenceForward(model), batch)
     reference = distance(plain, truth)
     for policy in ("none", "mlp", "full", "offload", "full_offload"):
-        forward, report = fuse(model, activations=policy, mlp_rows=128)
+        forward, report = fuse(model, activations=policy, tokens_at_once=128)
         assert not report.fallbacks
         loss, found = gradients(model, forward, batch)
         assert distance(found, truth) <= 1.1 * reference + 1e-3, (policy, distance(found, truth), reference)
@@ -156,7 +157,7 @@ def test_captured_steps_of_several_lengths_share_pinned_memory() -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     for p in parameters:
         p.main_grad = torch.zeros_like(p, dtype=torch.float32)
-    step = GraphedMicroStep(fuse(model, activations="full_offload")[0], parameters)
+    step = GraphedMicroStep(fuse(model, activations="full_offload")[0], sft, parameters)
     step.scale.fill_(0.01)
     short, long = (collate([[d] for d in documents(n, vocab=900)]) for n in ([60, 40], [200, 137, 190]))
     seen: dict[int, list[Tensor]] = {}
@@ -176,7 +177,7 @@ def test_a_captured_micro_step_repeats_the_eager_one(layout: str, policy: str) -
     for p in parameters:
         p.main_grad = torch.zeros_like(p, dtype=torch.float32)
     forward, _ = fuse(model, activations=policy)
-    step = GraphedMicroStep(forward, parameters)
+    step = GraphedMicroStep(forward, sft, parameters)
     step.scale.fill_(0.01)
     seen = []
     for _ in range(4):  # eager, captured, replayed twice
@@ -197,7 +198,7 @@ def test_captured_steps_of_rounded_shapes_are_the_plain_ones() -> None:
     for p in parameters:
         p.main_grad = torch.zeros_like(p, dtype=torch.float32)
     forward, _ = fuse(model)
-    step = GraphedMicroStep(forward, parameters, longest=256, max_graphs=6)
+    step = GraphedMicroStep(forward, sft, parameters, longest=256, max_graphs=6)
     generator = torch.Generator().manual_seed(0)
     for i in range(40):
         lengths = torch.randint(30, 257, (2,), generator=generator).tolist()
@@ -207,7 +208,7 @@ def test_captured_steps_of_rounded_shapes_are_the_plain_ones() -> None:
         loss, found = step(batch), [p.main_grad.clone() for p in parameters]
         for p in parameters:
             p.main_grad.zero_()
-        plain = forward(batch)
+        plain = sft(forward(batch))
         plain.backward()
         assert loss.item() == pytest.approx(plain.item(), rel=1e-3)
         for a, p in zip(found, parameters, strict=True):

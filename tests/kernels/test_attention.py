@@ -35,7 +35,7 @@ def test_parts_are_the_whole(monkeypatch, most: str, packed: bool, window: int |
     inner = attention._attend_backward
     monkeypatch.setattr(attention, "_attend_backward", lambda *a: calls.append(a[1].shape[1]) or inner(*a))
     if most != "offsets":
-        monkeypatch.setattr(attention, "ACCUMULATED", 4 * ROWS * LENGTH * N_Q * DIM // 3)
+        monkeypatch.setattr(attention, "_ACCUMULATED", 4 * ROWS * LENGTH * N_Q * DIM // 3)
     if most != "sums":
         monkeypatch.setattr(attention, "_INT32", ROWS * LENGTH * DIM)
     found = run(packed, window)

@@ -140,7 +140,7 @@ def test_gradient_of_what_was_left(fast: Operations, m: int, k: int, ranks: tupl
 
 @pytest.mark.parametrize("ranks", GROUPS)
 @pytest.mark.parametrize(("m", "c"), [(1, 40), (77, 130), (300, 64)])
-def test_thin_gradient_of_what_was_left(fast: Operations, m: int, c: int, ranks: tuple[int, ...]) -> None:
+def test_adapter_grad_of_what_was_left(fast: Operations, m: int, c: int, ranks: tuple[int, ...]) -> None:
     drops, r = dropout(*ranks), sum(ranks)
     narrow, x = random(m, r + 3)[:, :r], random(m, c, seed=1)
     scale, factor = random(m, seed=2), random(c, seed=3)
@@ -153,7 +153,7 @@ def test_thin_gradient_of_what_was_left(fast: Operations, m: int, c: int, ranks:
             targets = [
                 Target(out, start, 0, 0.5, False) for out, (start, _) in zip(found, drops.spans, strict=True)
             ]
-            operations.thin_gradient(narrow, x, row_scale, column_scale, targets, drops)
+            operations.adapter_grad(narrow, x, row_scale, column_scale, targets, drops)
             for i, (start, end) in enumerate(drops.spans):
                 expected = 0.5 * left[:, start:end].T @ (right * kept(drops, i, m, c))
                 close(found[i] - 1, expected, 4e-5)

@@ -12,6 +12,7 @@ from qlora_trainer.kernels.reference import kept
 from qlora_trainer.model.forward import ReferenceForward
 from qlora_trainer.model.fuse import GraphedMicroStep, fuse
 from qlora_trainer.model.fused.decoder import FusedForward
+from qlora_trainer.objectives.sft import sft
 from tests.model.test_fuse import FAMILIES, POLICIES, assert_equal, batch, build, reference, run
 
 RATE = 0.1
@@ -35,7 +36,7 @@ class KnownMask(nn.Module):
 def put_known_masks(model: nn.Module, forward: FusedForward, seed: Tensor) -> None:
     """Replaces the model's dropout modules by ones that apply the masks that `forward` makes from `seed`."""
     for layer, module in zip(forward.layers, model.get_base_model().model.layers, strict=True):
-        for group in layer.parts.projections:
+        for group in layer.projections:
             for i, (member, _, _) in enumerate(group._adapters):
                 parent = module.mlp if hasattr(module.mlp, member.name) else module.self_attn
                 dropouts = getattr(parent, member.name).lora_dropout
@@ -67,7 +68,7 @@ def test_loss_and_gradients_equal_the_references_with_the_same_masks(family: str
     model = build(family, lora_dropout=RATE)
     forwards = []
     for policy in POLICIES:
-        forward, report = fuse(model, activations=policy, mlp_rows=16, logits_bytes=1 << 14)
+        forward, report = fuse(model, activations=policy, tokens_at_once=16, logits_bytes=1 << 14)
         assert not report.fallbacks and report.fused
         forwards.append(forward)
     expected = run(model, with_known_masks(model, forwards[0], drawn(3)), batch(kind))
@@ -96,7 +97,7 @@ def test_evaluation_drops_nothing_and_draws_nothing() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     model.train()
     with torch.no_grad():  # training mode is what counts, as for PEFT's modules
-        assert abs(forward(batch("packed")) - forward(batch("packed"))) > 1e-4
+        assert abs(sft(forward(batch("packed"))) - sft(forward(batch("packed")))) > 1e-4
     assert not torch.equal(torch.get_rng_state(), before)
 
 
@@ -111,7 +112,7 @@ def test_without_dropout_nothing_is_drawn() -> None:
 
 def test_a_micro_batch_draws_its_masks_from_the_generator_that_checkpoints_hold() -> None:
     model = build("llama", lora_dropout=RATE)
-    step = GraphedMicroStep(fuse(model)[0], [])
+    step = GraphedMicroStep(fuse(model)[0], sft, [])
     torch.manual_seed(5)
     state = torch.get_rng_state()
     first, second = step(batch("dense")), step(batch("dense"))
@@ -122,7 +123,7 @@ def test_a_micro_batch_draws_its_masks_from_the_generator_that_checkpoints_hold(
 
 def test_no_two_adapters_share_their_masks() -> None:
     forward, _ = fuse(build("llama", lora_dropout=RATE))
-    groups = [group for layer in forward.layers for group in layer.parts.projections]
+    groups = [group for layer in forward.layers for group in layer.projections]
     numbers = [group.first_adapter + i for group in groups for i in range(len(group.ranks))]
     assert sorted(numbers) == list(range(14))
 

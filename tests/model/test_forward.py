@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from qlora_trainer.model.forward import ReferenceForward, document_mask
+from qlora_trainer.objectives.sft import sft
 from tests import tiny
 from tests.batches import collate, documents
 
@@ -14,11 +15,11 @@ def test_packed_loss_and_gradient_equal_documents_alone(architecture):
     model = tiny.model(architecture).double()
     forward = ReferenceForward(model)
     docs = documents([5, 7, 3, 9, 1, 2])
-    packed = forward(collate([docs[:2], docs[2:]], supervised_from=1))
+    packed = sft(forward(collate([docs[:2], docs[2:]], supervised_from=1)))
     packed.backward()
     together = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    alone = sum(forward(collate([[document]])) for document in docs if len(document) > 1)
+    alone = sum(sft(forward(collate([[document]]))) for document in docs if len(document) > 1)
     alone.backward()
     assert packed.item() == pytest.approx(alone.item(), rel=1e-6)
     assert together, "no gradient reached the model"
@@ -34,21 +35,21 @@ def test_loss_sum_is_plain_cross_entropy_of_the_labels():
     expected = F.cross_entropy(
         logits.flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
     )
-    assert ReferenceForward(model)(batch).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert sft(ReferenceForward(model)(batch)).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_loss_weights_scale_their_token_only():
     model = tiny.model()
     batch = collate([documents([8])[0:1]])
-    base = ReferenceForward(model)(batch).item()
+    base = sft(ReferenceForward(model)(batch)).item()
     batch.loss_weights[0, 5] = 3.0
     logits = model(input_ids=batch.input_ids).logits[0, 4]
     token_loss = F.cross_entropy(logits[None], batch.labels[0, 5:6]).item()
-    assert ReferenceForward(model)(batch).item() == pytest.approx(base + 2 * token_loss, rel=1e-5)
+    assert sft(ReferenceForward(model)(batch)).item() == pytest.approx(base + 2 * token_loss, rel=1e-5)
 
 
 def test_nothing_supervised_is_zero_and_differentiable():
-    loss = ReferenceForward(tiny.model())(collate([documents([4])[0:1]], supervised_from=4))
+    loss = sft(ReferenceForward(tiny.model())(collate([documents([4])[0:1]], supervised_from=4)))
     loss.backward()
     assert loss.item() == 0
 

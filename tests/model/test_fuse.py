@@ -13,6 +13,7 @@ from qlora_trainer.model.forward import ReferenceForward
 from qlora_trainer.model.fuse import GraphedMicroStep, fuse
 from qlora_trainer.model.load import keep_unpacked
 from qlora_trainer.model.lora import LoraOptions, attach
+from qlora_trainer.objectives.sft import sft
 from tests import tiny
 from tests.batches import collate, documents
 
@@ -76,7 +77,7 @@ def reference(model: nn.Module) -> ReferenceForward:
 
 def run(model: nn.Module, forward, data: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
-    loss = forward(data)
+    loss = sft(forward(data))
     (loss * 0.1).backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -97,7 +98,7 @@ def test_loss_and_gradients_equal_the_references(family: str, kind: str) -> None
     model = build(family)
     expected = run(model, reference(model), batch(kind))
     for policy in POLICIES:
-        forward, report = fuse(model, activations=policy, mlp_rows=16, logits_bytes=1 << 14)
+        forward, report = fuse(model, activations=policy, tokens_at_once=16, logits_bytes=1 << 14)
         assert not report.fallbacks and report.fused
         assert_equal(run(model, forward, batch(kind)), expected)
 
@@ -144,7 +145,7 @@ def test_gradients_accumulate_in_main_grad() -> None:
         if parameter.requires_grad:
             parameter.main_grad = torch.zeros_like(parameter)
     for _ in range(2):
-        (forward(batch("dense")) * 0.1).backward()
+        (sft(forward(batch("dense"))) * 0.1).backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is None
@@ -154,7 +155,7 @@ def test_gradients_accumulate_in_main_grad() -> None:
 def test_adapters_updated_in_place_are_seen() -> None:
     model = build("llama")
     forward, _ = fuse(model)
-    before = forward(batch("dense")).detach()
+    before = sft(forward(batch("dense"))).detach()
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.mul_(1.5)
@@ -167,11 +168,26 @@ def test_adapters_updated_in_place_are_seen() -> None:
 def test_evaluation_without_gradients() -> None:
     model = build("llama")
     with torch.no_grad():
-        expected = reference(model)(batch("packed"))
+        expected = sft(reference(model)(batch("packed")))
         for policy in POLICIES:
-            loss = fuse(model, activations=policy)[0](batch("packed"))
+            loss = sft(fuse(model, activations=policy)[0](batch("packed")))
             assert not loss.requires_grad
             assert abs(loss - expected) <= 1e-5 * expected
+
+
+@pytest.mark.parametrize("base_gemm", ["bf16", "fp8"])
+def test_the_base_alone_is_the_model_before_adapters(base_gemm: str) -> None:
+    model = build("llama")
+    plain, _ = fuse(model, base_gemm=base_gemm)
+    tuned = sft(plain(batch("packed")))
+    alone = plain(batch("packed"), adapters=False)
+    assert not alone.nll.requires_grad
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    expected = plain(batch("packed")).nll.detach()
+    assert torch.allclose(alone.nll, expected, rtol=1e-5, atol=1e-6)
+    assert abs(sft(alone) - tuned) > 1e-3
 
 
 def test_a_batch_without_labels_has_zero_loss() -> None:
@@ -269,7 +285,7 @@ def test_a_micro_step_on_the_cpu_is_the_plain_one() -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     for p in parameters:
         p.main_grad = torch.zeros_like(p)
-    step = GraphedMicroStep(fuse(model)[0], parameters)
+    step = GraphedMicroStep(fuse(model)[0], sft, parameters)
     step.scale.fill_(0.1)
     step(batch("dense"))
     for name, p in model.named_parameters():

@@ -14,6 +14,7 @@ from qlora_trainer.model.fuse import GraphedMicroStep, fuse
 from qlora_trainer.model.fused.graph import Frequent, _Captured
 from qlora_trainer.model.fused.inputs import Buckets, Inputs, busy_tokens, pad_to_bucket, prepare
 from qlora_trainer.model.lora import LoraOptions, attach
+from qlora_trainer.objectives.sft import sft
 from tests import tiny
 from tests.batches import collate, documents
 
@@ -118,7 +119,7 @@ def test_the_wider_a_layer_the_fewer_tokens_keep_the_gpu_busy() -> None:
 def test_what_keeps_the_gpu_busy_is_not_captured(captures: Counter) -> None:
     model, parameters = build()
     forward, _ = fuse(model)
-    step = GraphedMicroStep(forward, parameters, longest=128)
+    step = GraphedMicroStep(forward, sft, parameters, longest=128)
     step._pool = object()  # type: ignore[assignment]
     forward.busy = 2 * 128
     long, short = (collate([[d] for d in documents(pair)]) for pair in ([128, 120], [60, 50]))
@@ -149,14 +150,14 @@ def test_steps_of_many_lengths_are_the_plain_ones(captures: Counter) -> None:
     """In float32, whether a step runs as usual, is captured or replayed, at whatever width."""
     model, parameters = build()
     forward, _ = fuse(model)
-    step = GraphedMicroStep(forward, parameters, longest=128, max_graphs=4)
+    step = GraphedMicroStep(forward, sft, parameters, longest=128, max_graphs=4)
     step._pool = object()  # type: ignore[assignment]
     draw = random.Random(1)
     lengths = [[draw.randint(20, 128) for _ in range(2)] for _ in range(30)]
     for i, pair in enumerate(lengths):
         batch = collate([[d] for d in documents(pair, seed=i)])
         found, loss = gradients(parameters, lambda batch=batch: step(batch))
-        expected, plain = gradients(parameters, lambda batch=batch: backward(forward(batch)))
+        expected, plain = gradients(parameters, lambda batch=batch: backward(sft(forward(batch))))
         assert torch.allclose(loss, plain, rtol=1e-6)
         for a, b in zip(found, expected, strict=True):
             assert (a - b).norm() <= 1e-5 * b.norm() + 1e-7
@@ -181,7 +182,7 @@ def test_passes_share_no_leaf() -> None:
     """A captured pass waits for the stream of its leaves: an earlier loss that lives on must not own one."""
     forward, _ = fuse(build()[0])
     batch = collate([[d] for d in documents([40, 30])])
-    first, second = forward(batch), forward(batch)
+    first, second = sft(forward(batch)), sft(forward(batch))
     assert leaves(first) and leaves(second)
     assert not leaves(first) & leaves(second)
 

@@ -10,8 +10,9 @@ from transformers import CONFIG_MAPPING
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.fuse import fuse
 from qlora_trainer.model.lora import LoraOptions, attach
-from qlora_trainer.model.offload import LayerStream, StreamedWeight, offload_layers
+from qlora_trainer.model.offload import StreamedWeights, offload_layers
 from qlora_trainer.model.synthetic import random_base
+from qlora_trainer.objectives.sft import sft
 from tests import tiny
 from tests.batches import collate, documents
 
@@ -31,11 +32,11 @@ def make(device: torch.device, offload: bool, policy: str, method: str = "nf4"):
         codes = offload_layers(model, model.get_base_model().model.layers, device)
         assert codes > 0
     forward, _ = fuse(model, activations=policy, resident_bytes=0)
-    return model, forward, LayerStream(forward) if offload else None
+    return model, forward, StreamedWeights(forward) if offload else None
 
 
 def gradients(model, forward, batch) -> tuple[Tensor, list[Tensor]]:
-    loss = forward(batch)
+    loss = sft(forward(batch))
     loss.backward()
     found = [p.grad.clone() for p in model.parameters() if p.requires_grad]
     model.zero_grad()
@@ -76,7 +77,7 @@ def test_each_layer_travels_once_a_pass() -> None:
     fetched.clear()
     gradients(model, forward, batch)
     assert fetched == [2, 3, 1, 0]  # the first two are still there from the way down
-    assert isinstance(forward.layers[0].parts.qkv.members[0].weight, StreamedWeight)
+    assert forward.workspace.store is stream
 
 
 def test_sixteen_bit_layers_are_refused() -> None:

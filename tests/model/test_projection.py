@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_trainer.kernels import plain
-from qlora_trainer.model.fused.projection import Member, Projection, Workspace
+from qlora_trainer.model.fused.projection import Member, Projection
+from qlora_trainer.model.fused.workspace import Workspace
 
 BF16 = torch.bfloat16
 
@@ -26,8 +27,8 @@ def test_a_small_update_is_not_rounded_away() -> None:
     def product(b: Tensor) -> Tensor:
         member = Member("q", weight, nn.Parameter(a), nn.Parameter(b), 1.0)
         projection = Projection("q", [member], plain(), workspace, "q")
-        wide = projection.wide_input(m)
-        wide[:, :k] = x
+        wide = projection.input(m)
+        wide.values.copy_(x)
         return projection.forward(wide, projection.project(wide))
 
     before = product(torch.zeros_like(b))

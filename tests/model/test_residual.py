@@ -20,6 +20,7 @@ from qlora_trainer.model.forward import ReferenceForward
 from qlora_trainer.model.load import BaseOptions, load_base
 from qlora_trainer.model.lora import LoraOptions, attach
 from qlora_trainer.model.residual import adapter_tensors, base_alone, take_adapter
+from qlora_trainer.objectives.sft import sft
 from qlora_trainer.track.jsonl import read
 from tests import batches, tiny
 from tests.export import runs
@@ -101,7 +102,7 @@ def test_the_base_alone_is_the_original_with_all_that_was_trained_switched_off(t
 def measured(model, rows):
     with torch.no_grad():
         (batch,) = rows.batches
-        return float(ReferenceForward(model.eval())(batch)) / float(batch.loss_weights[:, 1:].sum())
+        return float(sft(ReferenceForward(model.eval())(batch))) / float(batch.loss_weights[:, 1:].sum())
 
 
 def test_a_resumed_run_takes_the_first_values_from_its_checkpoint(tmp_path):

@@ -13,6 +13,7 @@ from qlora_trainer.model.fuse import fuse
 from qlora_trainer.model.load import BaseOptions, load_base
 from qlora_trainer.model.lora import LoraOptions, attach
 from qlora_trainer.model.synthetic import random_base
+from qlora_trainer.objectives.sft import sft
 from tests import tiny
 from tests.batches import collate, documents
 
@@ -55,9 +56,9 @@ def test_the_fast_path_takes_it_and_agrees_with_the_reference(family: str, metho
     batch = collate([[document] for document in documents([20, 30])])
     forward, report = fuse(model)
     assert not report.fallbacks
-    loss = forward(batch) / batch.n_supervised
+    loss = sft(forward(batch)) / batch.n_supervised
     assert 3 < loss.item() < 9  # about log(263): random weights know nothing
-    reference = ReferenceForward(model)(batch).item() / batch.n_supervised
+    reference = sft(ReferenceForward(model)(batch)).item() / batch.n_supervised
     assert loss.item() == pytest.approx(reference, rel=1e-5)
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)

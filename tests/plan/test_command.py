@@ -63,12 +63,6 @@ def test_plan_names_what_keeps_the_fast_path_off(config: RunConfig, capsys) -> N
     assert "because of model.kernels=reference" in capsys.readouterr().out
 
 
-def test_importing_the_plan_is_light() -> None:
-    code = "import qlora_trainer.plan.plan, qlora_trainer.plan.screen, sys; print('torch' in sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "False"
-
-
 def test_planning_and_looking_first_does_not_stand_in_the_way_of_training(line, tmp_path, capsys) -> None:
     assert main(["plan", *line, "train.max_steps=-1"]) == 0
     assert "10 steps" in capsys.readouterr().out  # 40 rows, read because they are here

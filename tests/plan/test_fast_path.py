@@ -8,9 +8,11 @@ import torch
 from qlora_trainer.config import checks
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.fuse import fuse
+from qlora_trainer.model.fused.adapter_columns import Widened
 from qlora_trainer.model.fused.decoder import FusedForward
-from qlora_trainer.model.fused.keep import Saved
+from qlora_trainer.model.fused.layer import LayerSaved
 from qlora_trainer.model.fused.projection_fp8 import Fp8Projection
+from qlora_trainer.objectives.sft import sft
 from qlora_trainer.plan import hardware, memory, shapes
 from qlora_trainer.plan.fast_path import FastPath
 from qlora_trainer.plan.plan import make_plan
@@ -37,19 +39,21 @@ def fused(family: str, r: int, **options: object) -> tuple[FusedForward, FastPat
 
 
 def projections(forward: FusedForward) -> list[Fp8Projection]:
-    return [projection for layer in forward.layers for projection in layer.parts.projections]
+    return [projection for layer in forward.layers for projection in layer.projections]
 
 
 def saved_bytes(forward: FusedForward, policy: str) -> int:
     """Storage that the layers' nodes of autograd hold on to, the weights' not counted."""
-    nodes, seen, storages = [forward(batch("dense")).grad_fn], set(), {}
+    nodes, seen, storages = [sft(forward(batch("dense"))).grad_fn], set(), {}
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         nodes += [following for following, _ in node.next_functions]
-        for value in vars(getattr(node, "saved", None) or Saved()).values():
+        blocks = node.saved.blocks if isinstance(getattr(node, "saved", None), LayerSaved) else ()
+        for value in (value for block in blocks for value in vars(block).values()):
+            value = value.buffer if isinstance(value, Widened) else value
             for tensor in value if isinstance(value, tuple) else (value,):
                 if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
                     storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -68,7 +72,7 @@ def test_layers_keep_what_the_formula_says(family: str, policy: str, base_gemm: 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_e4m3_copies_take_the_bytes_of_the_real_ones(family: str, r: int) -> None:
     forward, path = fused(family, r, base_gemm="fp8")
-    forward(batch("dense")).backward()
+    sft(forward(batch("dense"))).backward()
     held = [
         value for projection in projections(forward) for value in vars(projection).values()
         if isinstance(value, torch.Tensor)
@@ -81,11 +85,11 @@ def test_e4m3_copies_take_the_bytes_of_the_real_ones(family: str, r: int) -> Non
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_dequantized_weights_and_workspace_take_the_bytes_of_the_real_ones(family: str) -> None:
     forward, path = fused(family, 8)
-    forward(batch("dense")).backward()
+    sft(forward(batch("dense"))).backward()
     assert path.dequantized() == sum(p._resident.nbytes for p in projections(forward))
     assert path.workspace(path.dequantized()) == len(forward.workspace._buffers) == 0
     forward, path = fused(family, 8, resident_bytes=0)
-    forward(batch("dense")).backward()
+    sft(forward(batch("dense"))).backward()
     assert path.workspace() == sum(buffer.nbytes for buffer in forward.workspace._buffers.values())
     assert path.workspace() == forward.workspace.nbytes
 

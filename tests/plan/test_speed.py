@@ -96,7 +96,7 @@ def test_what_keeps_the_gpu_busy_runs_without_graphs() -> None:
     captured = {rows: plan(LLAMA2_7B, 16, rows, 512, "none").graphs for rows in (1, 4, 8, 16)}
     assert captured == {1: True, 4: True, 8: True, 16: False}
     shape = from_config(LLAMA2_7B)
-    assert speed.busy_tokens(shape) == inputs.busy_tokens(202_375_168)
+    assert speed.busy_from(shape) == inputs.busy_tokens(202_375_168)
 
 
 def test_graphs_hold_on_to_no_more_than_the_micro_batches_that_they_serve() -> None:
@@ -114,7 +114,6 @@ def test_graphs_hold_on_to_no_more_than_the_micro_batches_that_they_serve() -> N
 
 
 def test_rows_are_padded_as_much_as_planned_where_graphs_are_to_serve_them() -> None:
-    assert inputs.BUSY == speed.BUSY
     buckets = inputs.Buckets(4096, 4096)
     widths = [
         inputs.pad_to_bucket(Batch(*[torch.zeros((1, n))] * 5, ()), buckets).input_ids.shape[1]

@@ -19,9 +19,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_trainer.kernels import Operations, attention
 from qlora_trainer.model import fuse as fuse_module
-from qlora_trainer.model.fused import keep, projection
+from qlora_trainer.model.fused import activations, projection
 from qlora_trainer.model.fused.inputs import Inputs
 from qlora_trainer.model.lora import LoraOptions, attach
+from qlora_trainer.objectives.sft import sft
 from qlora_trainer.plan import memory
 from qlora_trainer.plan.fast_path import FastPath
 from qlora_trainer.plan.shapes import from_config
@@ -79,7 +80,7 @@ def attend_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> 
     return found
 
 
-class Nowhere(keep._Home):
+class Nowhere(activations._Home):
     """Remembers a tensor's shape, as pinned memory would its bytes."""
 
     def put(self, tensor: Tensor) -> None:
@@ -107,12 +108,12 @@ class Stream:
 @contextlib.contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(projection._ALIGN, "meta", 64)
+        patch.setitem(projection.ALIGN, "meta", 64)
         patch.setattr(fuse_module, "pick", lambda device: (allocating(), "none"))
-        patch.setattr(fuse_module, "HostStore", keep.HostStore)
+        patch.setattr(fuse_module, "HostStore", activations.HostStore)
         patch.setattr(attention, "_attend", attend)
         patch.setattr(attention, "_attend_backward", attend_backward)
-        patch.setattr(keep, "_Home", Nowhere)
+        patch.setattr(activations, "_Home", Nowhere)
         patch.setattr(torch.cuda, "Stream", Stream)
         patch.setattr(torch.cuda, "current_stream", Stream)
         patch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
@@ -132,12 +133,12 @@ def peak(policies: list[str], tokens: int, *, trained: bool = True, base_gemm: s
         model, activations=policies, base_gemm=base_gemm, resident_bytes=0, logits_bytes=512 << 20
     )
     assert not report.fallbacks
-    forward.host = keep.HostStore(META)
+    forward.host = activations.HostStore(META)
     for layer in forward.layers:
         layer.host = forward.host
     there = [*model.parameters(), *(getattr(p, "main_grad", p) for p in model.parameters())]
     for layer in forward.layers:
-        for group in layer.parts.projections:
+        for group in layer.projections:
             there += [value for value in vars(group).values() if isinstance(value, Tensor)]
     with Live(there) as live:
         ids = torch.empty((1, tokens), dtype=torch.int64, device=META)
@@ -145,7 +146,7 @@ def peak(policies: list[str], tokens: int, *, trained: bool = True, base_gemm: s
         weights = torch.empty(tokens, dtype=torch.float32, device=META)
         inputs = Inputs(ids, ids.clone(), rows, rows.clone(), weights)
         if trained:
-            forward.run(inputs).backward()
+            sft(forward.run(inputs)).backward()
         else:
             with torch.no_grad():
                 forward.run(inputs)
@@ -157,7 +158,7 @@ def path_of(tokens: int, base_gemm: str = "bf16") -> FastPath:
     return FastPath(shape, settings(rows=1, length=tokens, mean_length=float(tokens), fp8=base_gemm == "fp8"))
 
 
-MIXES = [[policy] * LAYERS for policy in keep.POLICIES]
+MIXES = [[policy] * LAYERS for policy in activations.POLICIES]
 MIXES += [["full_offload", "full_offload", "full", "full"], ["mlp", "mlp", "none", "none"]]
 
 

@@ -9,6 +9,7 @@ import torch
 
 from qlora_trainer.errors import DivergedError, PreemptedError
 from qlora_trainer.model.forward import ReferenceForward
+from qlora_trainer.objectives.sft import sft
 from qlora_trainer.optim.adamw import AdamW
 from qlora_trainer.train.distributed import Ranks
 from qlora_trainer.train.loop import LoopOptions, MicroStep, Progress, count_steps, train
@@ -54,7 +55,7 @@ def run(loader, *, steps=4, model=None, progress=None, **callbacks):
     for _, parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = AdamW(parameters)
-    micro_step = MicroStep(ReferenceForward(model), CPU)
+    micro_step = MicroStep(ReferenceForward(model), sft, CPU)
     records = []
     callbacks = {"log": records.append, "save": lambda progress: None} | callbacks
     options = LoopOptions(total_steps=steps, max_grad_norm=1.0, save_steps=2)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, get_cosine_sc
 from qlora_trainer.model.forward import ReferenceForward
 from qlora_trainer.model.load import BaseOptions, load_base
 from qlora_trainer.model.lora import LoraOptions, attach
+from qlora_trainer.objectives.sft import sft
 from qlora_trainer.optim import make_optimizer
 from qlora_trainer.optim.schedule import learning_rate
 from qlora_trainer.train.distributed import Ranks
@@ -58,7 +59,7 @@ def our_loop(folder: str, loader: Loader, name: str, dtype: torch.dtype) -> list
     model = attach(load_base(BaseOptions(folder), CPU), LoraOptions(r=4, dtype=dtype), SEED)
     model.train()
     optimizer = make_optimizer(name, model.named_parameters())
-    micro_step = MicroStep(ReferenceForward(model), CPU)
+    micro_step = MicroStep(ReferenceForward(model), sft, CPU)
     records: list[dict] = []
     train(
         Progress(), micro_step, micro_step.scale, optimizer, loader,
@@ -107,7 +108,7 @@ def test_every_architecture_takes_two_steps(tmp_path, architecture, method):
     model = attach(load_base(BaseOptions(folder, method=method), CPU), LoraOptions(r=4), SEED)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer("paged_adamw_32bit", model.named_parameters())
-    micro_step = MicroStep(ReferenceForward(model), CPU)
+    micro_step = MicroStep(ReferenceForward(model), sft, CPU)
     records: list[dict] = []
     train(
         Progress(), micro_step, micro_step.scale, optimizer, Loader(new_every_epoch=False), lambda step: 1e-2,

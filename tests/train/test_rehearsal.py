@@ -8,6 +8,7 @@ from qlora_trainer.errors import OutOfMemoryError
 from qlora_trainer.model.forward import ReferenceForward
 from qlora_trainer.model.fuse import fuse
 from qlora_trainer.model.lora import LoraOptions, attach
+from qlora_trainer.objectives.sft import sft
 from qlora_trainer.optim import make_optimizer
 from qlora_trainer.train.health import MemoryGuard
 from qlora_trainer.train.loop import MicroStep
@@ -44,7 +45,7 @@ def test_a_rehearsal_is_undone_exactly(path):
     before = {n: p.detach().clone() for n, p in model.named_parameters()}, rng.capture()
     seen = []
     rehearse(
-        lambda batch: seen.append(batch) or MicroStep(forward, CPU)(batch),
+        lambda batch: seen.append(batch) or MicroStep(forward, sft, CPU)(batch),
         BATCHES[1], forward, BATCHES[0], optimizer, MemoryGuard(CPU),
     )  # fmt: skip
     assert seen == [BATCHES[1]]

@@ -9,15 +9,18 @@ from torch import Tensor, nn
 
 from qlora_trainer.kernels import HeadNorm, NestedScales, Operations, QuantizedWeight
 
-from .parts import LayerParts, Norm
-from .projection import Member, Projection, Workspace
+from .attention import AttentionParts
+from .mlp import MlpParts
+from .norm import Norm
+from .parts import LayerParts
+from .projection import Member, Projection
 from .spec import GroupSpec, LayerSpec, LinearSpec, NormSpec
+from .workspace import Workspace
 
 
 def bind(
     spec: LayerSpec,
     layer: nn.Module,
-    name: str,
     operations: Operations,
     workspace: Workspace,
     make: type[Projection] = Projection,
@@ -35,22 +38,25 @@ def bind(
     biases = [_base_of(member, layer).bias for member in spec.qkv.members if member.bias]
     q_norm, k_norm = (norm(part) for part in spec.head_norms or (None, None))
     return LayerParts(
-        name=name,
-        input_norm=bind_norm(spec.input_norm, layer),
-        qkv=qkv,
-        qkv_bias=torch.cat([bias.detach() for bias in biases]) if biases else None,
-        head_norms=None if q_norm is None or k_norm is None else (_per_head(q_norm), _per_head(k_norm)),
-        heads=spec.heads,
-        softmax_scale=spec.softmax_scale,
-        window=spec.window,
-        layer_type=spec.layer_type,
-        o=group(spec.o),
-        attention_output_norm=norm(spec.attention_output_norm),
-        mlp_norm=bind_norm(spec.mlp_norm, layer),
-        gate_up=group(spec.gate_up, "gate_up"),
-        down=group(spec.down),
-        activation=spec.activation,
-        mlp_output_norm=norm(spec.mlp_output_norm),
+        AttentionParts(
+            input_norm=bind_norm(spec.input_norm, layer),
+            qkv=qkv,
+            qkv_bias=torch.cat([bias.detach() for bias in biases]) if biases else None,
+            head_norms=None if q_norm is None or k_norm is None else (_per_head(q_norm), _per_head(k_norm)),
+            heads=spec.heads,
+            softmax_scale=spec.softmax_scale,
+            window=spec.window,
+            layer_type=spec.layer_type,
+            o=group(spec.o),
+            output_norm=norm(spec.attention_output_norm),
+        ),
+        MlpParts(
+            input_norm=bind_norm(spec.mlp_norm, layer),
+            gate_up=group(spec.gate_up, "gate_up"),
+            down=group(spec.down),
+            activation=spec.activation,
+            output_norm=norm(spec.mlp_output_norm),
+        ),
     )
 
 

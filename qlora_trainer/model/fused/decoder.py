@@ -1,7 +1,7 @@
 """The whole model as one callable: embedding, decoder layers, head.
 
-Comes in: a `Batch`. Goes out: the sum over positions of loss_weights * cross-entropy, a float32
-scalar, differentiable in the adapters. Layers that the fast path declines run as the modules they are.
+Comes in: a `Batch`. Goes out: the cross-entropy of each supervised token, differentiable in the adapters.
+Layers that the fast path declines run as the modules they are.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from torch.utils.checkpoint import checkpoint
 from qlora_trainer.data.batch import Batch
 from qlora_trainer.kernels.attention import Layout
 
+from ..forward import ReferenceForward, TokenNll
+from .activations import HostStore
+from .call import Call
 from .head import FusedHead, ModuleHead
 from .inputs import Buckets, Inputs, busy_tokens, prepare
-from .keep import HostStore
-from .layer import Call, FusedLayer
-from .projection import Workspace
+from .layer import FusedLayer
 from .rotary import Rotary
+from .workspace import Workspace
 
 
 class ModuleLayer:
@@ -68,15 +70,15 @@ def causal_mask(length: int, dtype: torch.dtype, device: torch.device) -> Tensor
 
 
 class FusedForward:
-    """Callable `batch -> loss sum`; see `prepare` and `run` for what a captured graph needs apart.
+    """Callable `batch -> TokenNll`; see `prepare` and `run` for what a captured graph needs apart.
 
-    embed: int64 ids -> embeddings. `capturable`: whether `run` may be recorded as a CUDA graph; `busy`:
-    tokens of a micro-batch from which that gains nothing.
+    embed: int64 ids -> embeddings. reference: the same model's modules, which declined layers share.
+    `capturable`: whether `run` may be recorded as a CUDA graph; `busy`: tokens of a micro-batch from which
+    that gains nothing.
     """
 
     def __init__(
         self,
-        device: torch.device,
         workspace: Workspace,
         embed: nn.Module,
         embeddings_on_host: Tensor | None,
@@ -84,20 +86,17 @@ class FusedForward:
         layers: Sequence[FusedLayer | ModuleLayer],
         head: FusedHead | ModuleHead,
         host: HostStore | None,
+        reference: ReferenceForward,
     ) -> None:
-        self.device, self.workspace, self.embed, self.rotary = device, workspace, embed, rotary
-        fused = [layer.parts for layer in layers if isinstance(layer, FusedLayer)]
-        members = [member for parts in fused for group in parts.projections for member in group.members]
+        self.device, self.workspace, self.embed, self.rotary = workspace.device, workspace, embed, rotary
+        self.embeddings_on_host, self.layers, self.head = embeddings_on_host, list(layers), head
+        self.host, self.reference = host, reference
+        fused = [layer for layer in layers if isinstance(layer, FusedLayer)]
+        members = [member for layer in fused for group in layer.projections for member in group.members]
         self._dropouts = [member.dropout for member in members if member.dropout is not None]
         self.capturable = not rotary.asks_the_host
-        widest = max((sum(g.n * g.k for g in parts.projections) for parts in fused), default=0)
+        widest = max((sum(g.n * g.k for g in layer.projections) for layer in fused), default=0)
         self.busy = busy_tokens(widest)
-        self.embeddings_on_host, self.layers, self.head, self.host = (
-            embeddings_on_host,
-            list(layers),
-            head,
-            host,
-        )
 
     def prepare(self, batch: Batch, buckets: Buckets | None = None) -> Inputs:
         """The batch on the device; give it while it is still on the host.
@@ -108,10 +107,16 @@ class FusedForward:
         dropout = any(module.training for module in self._dropouts)
         return prepare(batch, self.device, self.embeddings_on_host, dropout, buckets)
 
-    def __call__(self, batch: Batch) -> Tensor:
-        return self.run(self.prepare(batch))
+    def __call__(self, batch: Batch, adapters: bool = True) -> TokenNll:
+        """adapters=False: of the base alone, without gradients."""
+        if adapters:
+            return self.run(self.prepare(batch))
+        if self.reference.begins_in_weights:  # what the adapters took out of the base is in no border
+            return self.reference(batch.to(self.device), adapters=False)
+        with torch.no_grad(), self.reference.base_alone():
+            return self.run(self.prepare(batch), adapters=False)
 
-    def run(self, inputs: Inputs) -> Tensor:
+    def run(self, inputs: Inputs, adapters: bool = True) -> TokenNll:
         """The pass itself: launches only, no question to the device."""
         self.workspace.generation += 1
         if self.host is not None:
@@ -120,6 +125,7 @@ class FusedForward:
             inputs.layout,
             self.rotary(inputs.position_ids),
             torch.is_grad_enabled(),
+            adapters,
             inputs.position_ids,
             inputs.document_ids,
             inputs.seed,
@@ -129,4 +135,5 @@ class FusedForward:
         delta: Tensor | None = None
         for layer in self.layers:
             x, delta = layer(x, delta, call)
-        return self.head(x, delta, inputs.supervised)
+        supervised = inputs.supervised
+        return TokenNll(self.head(x, delta, supervised, call), supervised.weights, supervised.rows)

@@ -10,7 +10,7 @@ What keeps the GPU busy by its size runs as usual, too: a graph would only hold 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qlora_trainer.data.batch import Batch
 
+from ..forward import TokenNll
 from .decoder import FusedForward
 from .inputs import Buckets, Inputs
 
@@ -68,6 +69,7 @@ class GraphedMicroStep:
     """Forward and backward of one micro-batch; a drop-in for the loop's plain micro-step.
 
     Args:
+        objective: the loss sum of a micro-batch's tokens.
         forward: the fused forward. Its adapters must have `main_grad`: a graph writes to fixed memory.
         parameters: the trainable parameters.
         longest: tokens of the run's widest row; None: shapes are left as they come (`inputs.Buckets`).
@@ -80,13 +82,14 @@ class GraphedMicroStep:
     def __init__(
         self,
         forward: FusedForward,
+        objective: Callable[[TokenNll], Tensor],
         parameters: list[nn.Parameter],
         longest: int | None = None,
         max_graphs: int = 24,
     ) -> None:
         missing = sum(getattr(p, "main_grad", None) is None for p in parameters)
         assert not missing, f"{missing} parameters have no main_grad: make the optimizer first"
-        self.forward = forward
+        self.forward, self.objective = forward, objective
         self._buckets = None if longest is None else Buckets(longest, forward.busy)
         self.scale = torch.ones((), device=forward.device)
         self._graphs = Frequent[_Captured](max_graphs)
@@ -94,7 +97,7 @@ class GraphedMicroStep:
         self._pool = torch.cuda.graph_pool_handle() if capturable else None
 
     def _step(self, inputs: Inputs) -> Tensor:
-        loss = self.forward.run(inputs)
+        loss = self.objective(self.forward.run(inputs))
         (loss * self.scale).backward()
         return loss.detach()
 

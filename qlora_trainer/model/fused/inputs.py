@@ -18,7 +18,7 @@ from torch import Tensor
 from qlora_trainer.data.batch import IGNORE, Batch
 from qlora_trainer.kernels.attention import Layout
 
-from .head import Supervised
+from .head import SUPERVISED_STEP, Supervised
 
 # Tokens times the weights of a layer from which the GPU computes for longer than the host launches: 4 FLOPs
 # each at 700 TFLOP/s take the 5 ms that a layer's 75 launches do (one H100). 4127 tokens of an 8B model.
@@ -104,7 +104,7 @@ def supervised_positions(batch: Batch, buckets: Buckets | None = None) -> tuple[
     labels, weights = batch.labels[:, 1:], batch.loss_weights[:, 1:]
     row, column = (labels != IGNORE).nonzero(as_tuple=True)
     n = row.numel()
-    step = 256 if n > 256 else 64
+    step = SUPERVISED_STEP if n > SUPERVISED_STEP else 64
     if buckets is not None and batch.labels.numel() < buckets.busy:
         step = _round_up(batch.labels.numel() // 4, 64)
     padded = _round_up(n, step)

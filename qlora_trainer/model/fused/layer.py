@@ -1,52 +1,44 @@
-"""One decoder layer, forward and backward by hand.
+"""One decoder layer: its blocks in a row, as one node of autograd, under an activation policy.
 
-Comes in: the residual stream as (x, delta), whose sum is meant; goes out: the next (x2, delta). The
+Comes in: the residual stream as (x, delta), whose sum is meant; goes out: the next (x, delta). The
 addition happens inside the next norm, where both are read anyway. Backward: the gradient of the sum,
-which is the gradient of both: one buffer that travels from the head to the embedding, each layer adding
-its branches in place. No gradient of a frozen weight exists anywhere.
+which is the gradient of both: one buffer that travels from the head to the embedding, each block adding
+its branch in place. No gradient of a frozen weight exists anywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlora_trainer.kernels import Dropout, Fp8Rows, Operations
-from qlora_trainer.kernels.attention import Layout, attend, attend_backward
+from qlora_trainer.kernels import Operations
 
-from .keep import ON_HOST, RECOMPUTED, HostStore, Saved, keep_only
-from .parts import LayerParts, Norm
-from .projection import Gradients
-from .wide import widen, with_border
+from .activations import ON_HOST, RECOMPUTED, HostStore
+from .attention import AttentionBlock, AttentionSaved, AttentionSize
+from .call import Call
+from .mlp import TOKENS_AT_ONCE, MlpBlock, MlpSaved, MlpSize
+from .parts import LayerParts
+from .projection import Gradients, ProductSize, Projection
+from .projection_fp8 import e4m3_bytes
 
 
-@dataclass(frozen=True)
-class Call:
-    """What one pass over the model gives every layer.
+@dataclass
+class LayerSaved:
+    """What the layer's node holds between the passes, block by block."""
 
-    rotary: layer type -> (cos, sin), float32 [M, half]. training: a backward pass will follow.
-    position_ids [B, T] and document_ids (int32 [B, T], if packed): what unfused layers read instead.
-    seed: int64 [], what LoRA dropout's masks are made from; None where nothing is dropped.
-    anchor: an empty leaf that stands for adapters whose gradient goes to `main_grad` and is no business of
-    autograd's. Of this pass alone: autograd waits for the stream on which a leaf was first used, and a pass
-    that is captured must not wait for one that was not.
-    """
+    attention: AttentionSaved = field(default_factory=AttentionSaved)
+    mlp: MlpSaved = field(default_factory=MlpSaved)
 
-    layout: Layout
-    rotary: dict[str | None, tuple[Tensor, Tensor]]
-    training: bool
-    position_ids: Tensor
-    document_ids: Tensor | None
-    seed: Tensor | None
-    anchor: Tensor
+    @property
+    def blocks(self) -> tuple[AttentionSaved, MlpSaved]:
+        return self.attention, self.mlp
 
 
 class FusedLayer:
-    """`policy` as in `keep.py`; `mlp_rows`: tokens of the MLP in flight at once where it is recomputed."""
+    """`policy` as in `activations.py`; `tokens_at_once`: of the MLP, where it is made again."""
 
     def __init__(
         self,
@@ -55,216 +47,49 @@ class FusedLayer:
         operations: Operations,
         policy: str,
         host: HostStore | None,
-        mlp_rows: int,
+        tokens_at_once: int = TOKENS_AT_ONCE,
     ) -> None:
-        self.index, self.parts, self.operations = index, parts, operations
-        self.policy, self.host, self.mlp_rows = policy, host, mlp_rows
+        self.index, self.policy, self.host = index, policy, host
+        self.layer_type = parts.attention.layer_type
+        self.attention = AttentionBlock(parts.attention, operations)
+        self.mlp = MlpBlock(parts.mlp, operations, policy, tokens_at_once)
+        self.projections: tuple[Projection, ...] = self.attention.projections + self.mlp.projections
+        self._parameters = [p for projection in self.projections for p in projection.parameters]
 
     def __call__(self, x: Tensor, delta: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
         """(x, delta), each [M, h] -> (x2, delta2)."""
-        ours = [p for p in self.parts.parameters if getattr(p, "main_grad", None) is None]
+        ours = [p for p in self._parameters if getattr(p, "main_grad", None) is None]
         return _LayerFunction.apply(x, delta, self, call, call.anchor, *ours)
 
-    # -- forward ---------------------------------------------------------------------------------
+    def forward(self, x: Tensor, delta: Tensor | None, call: Call, saved: LayerSaved) -> Tensor:
+        """The MLP branch's output [M, h]; fills `saved` with what the policy keeps until then."""
+        y = self.attention.forward(x, delta, call, saved.attention)
+        stream = saved.attention.x
+        assert stream is not None
+        if not call.training or self.policy in RECOMPUTED:
+            saved.attention.drop("full")
+        return self.mlp.forward(stream, y, call, saved.mlp)
 
-    def _norm(
-        self, norm: Norm, x: Tensor, delta: Tensor | None, out: Tensor, rows: Fp8Rows | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return self.operations.rms_norm(x, delta, norm.weight, norm.eps, norm.offset, out, rows)
+    def backward(
+        self, grad: Tensor, saved: LayerSaved, call: Call, needs_input: bool
+    ) -> tuple[Tensor | None, Gradients]:
+        """d(loss)/d(x) [M, h] from that of the output sum; None if nobody needs it."""
+        if self.policy in RECOMPUTED:
+            self._recompute(saved, call)
+        gradients, parts = Gradients(), self.attention.parts
+        direct = parts.output_norm is None
+        middle = self.mlp.backward(call.take(grad), saved.mlp, call, gradients, parts.o, direct)
+        # the layer below feeds the result to its down projection, which has this one's border
+        border = self.mlp.parts.down.size.border if needs_input else None
+        found = self.attention.backward(middle, saved.attention, call, gradients, border)
+        return None if found is None else call.hand(found), gradients
 
-    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        n_q, n_k, dim = self.parts.heads
-        return qkv.unflatten(1, (n_q + 2 * n_k, dim)).split((n_q, n_k, n_k), dim=1)
-
-    def _rotated(self, raw: Tensor, call: Call) -> Tensor:
-        """q, k, v ready for attention: in place, unless head norms need the raw projection again."""
-        p = self.parts
-        out = raw if p.head_norms is None else torch.empty_like(raw)
-        cos, sin = call.rotary[p.layer_type]
-        self.operations.rotary(raw, cos, sin, p.heads, p.qkv_bias, p.head_norms, out)
-        return out
-
-    def attention(self, x: Tensor, delta: Tensor | None, call: Call, saved: Saved) -> Tensor:
-        """The attention branch's output [M, h]; fills `saved` up to x2."""
-        p, m = self.parts, x.shape[0]
-        wide, rows = p.qkv.wide_input(m), p.qkv.fp8_input(m)
-        total, saved.rstd1 = self._norm(p.input_norm, x, delta, wide[:, : p.qkv.k], rows)
-        saved.x = total.detach()
-        u = p.qkv.project(wide, p.qkv.dropout(call.seed))
-        saved.u_qkv = u[:, : p.qkv.rank].contiguous()
-        saved.qkv = p.qkv.forward(wide, u, rows=rows)
-        del wide, rows, u
-        q, k, v = self._heads(self._rotated(saved.qkv, call))
-        attended, saved.state = attend(q, k, v, call.layout, p.softmax_scale, p.window)
-        saved.attended = attended.reshape(m, p.o.k)
-        wide = widen(saved.attended, p.o.border)
-        u = p.o.project(wide, p.o.dropout(call.seed))
-        saved.u_o = u[:, : p.o.rank].contiguous()
-        y = p.o.forward(wide, u)
-        if p.attention_output_norm is not None:
-            saved.y_attention, y = y, torch.empty_like(y)
-            _, saved.rstd_attention = self._norm(p.attention_output_norm, saved.y_attention, None, y)
-        return y
-
-    def _chunks(self, m: int) -> Iterator[slice]:
-        rows = m if self.policy == "none" else self.mlp_rows
-        return (slice(start, min(start + rows, m)) for start in range(0, m, rows))
-
-    def mlp(self, y: Tensor, call: Call, saved: Saved) -> Tensor:
-        """The MLP branch's output [M, h] on saved.x + y; fills the rest of `saved`."""
-        p, m = self.parts, y.shape[0]
-        assert saved.x is not None
-        wide, normed = p.gate_up.wide_input(m), p.gate_up.fp8_input(m)
-        total, saved.rstd2 = self._norm(p.mlp_norm, saved.x, y, wide[:, : p.gate_up.k], normed)
-        saved.x2 = total.detach()
-        out = torch.empty_like(y)
-        saved.u_down = torch.empty((m, p.down.rank), dtype=y.dtype, device=y.device)
-        for rows in self._chunks(m):
-            masks, masks_down = (group.dropout(call.seed, rows.start) for group in (p.gate_up, p.down))
-            part = None if normed is None else normed[rows]
-            gate_up, saved.u_gate_up = self._gate_up(wide[rows], part, masks)
-            act, inner = p.down.wide_input(gate_up.shape[0]), p.down.fp8_input(gate_up.shape[0])
-            self.operations.glu(gate_up[:, : p.gate_up.n], p.activation, act[:, : p.down.k], inner)
-            u = p.down.project(act, masks_down)
-            saved.u_down[rows] = u[:, : p.down.rank]
-            p.down.forward(act, u, out=out[rows], rows=inner)
-            if self.policy == "none":
-                saved.gate_up = gate_up
-            del gate_up, act, inner, u
-        if p.mlp_output_norm is not None:
-            saved.y_mlp, out = out, torch.empty_like(out)
-            _, saved.rstd_mlp = self._norm(p.mlp_output_norm, saved.y_mlp, None, out)
-        return out
-
-    def _gate_up(self, wide: Tensor, rows: Fp8Rows | None, dropout: Dropout | None) -> tuple[Tensor, Tensor]:
-        """Wide gate/up [M, 2F + border] (its border empty) and the projection on its adapters."""
-        group = self.parts.gate_up
-        u = group.project(wide, dropout)
-        result = group.wide_output(wide.shape[0])
-        group.forward(wide, u, out=result[:, : group.n], rows=rows)
-        return result, u[:, : group.rank].contiguous()
-
-    # -- backward --------------------------------------------------------------------------------
-
-    def _norm_backward(
-        self, norm: Norm, dy: Tensor, x: Tensor, rstd: Tensor, residual: Tensor | None, border: int,
-        rows: Fp8Rows | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Gradient of a norm's input, plus the residual's (in its place, if it can be), wide by `border`."""
-        wide = None if residual is None else with_border(residual, border)
-        if wide is None:
-            wide = torch.empty((x.shape[0], x.shape[1] + border), dtype=x.dtype, device=x.device)
-        self.operations.rms_norm_backward(
-            dy, x, rstd, norm.weight, norm.offset, residual, wide[:, : x.shape[1]], rows
-        )
-        return wide
-
-    def mlp_backward(
-        self, grad: Tensor, saved: Saved, call: Call, gradients: Gradients
-    ) -> tuple[Tensor, Fp8Rows | None]:
-        """d(loss)/d(x2) [M, h], wide by o's border, from `grad` [M, h] of the output sum; and its e4m3."""
-        p = self.parts
-        assert saved.x2 is not None and saved.rstd2 is not None and saved.u_down is not None
-        if p.mlp_output_norm is not None:
-            assert saved.y_mlp is not None and saved.rstd_mlp is not None
-            wide = self._norm_backward(
-                p.mlp_output_norm, grad, saved.y_mlp, saved.rstd_mlp, None, p.down.border
-            )
-        else:
-            wide = widen(grad, p.down.border)
-        d_normed = torch.empty_like(saved.x2)
-        for rows in self._chunks(wide.shape[0]):
-            x2, rstd2 = saved.x2[rows], saved.rstd2[rows]
-            masks, masks_down = (group.dropout(call.seed, rows.start) for group in (p.gate_up, p.down))
-            if saved.gate_up is not None and saved.u_gate_up is not None:
-                gate_up, u = saved.gate_up, saved.u_gate_up
-                saved.gate_up = None
-            else:
-                again, normed = p.gate_up.wide_input(x2.shape[0]), p.gate_up.fp8_input(x2.shape[0])
-                self._norm(p.mlp_norm, x2, None, again[:, : p.gate_up.k], normed)
-                gate_up, u = self._gate_up(again, normed, masks)
-                del again, normed
-            part, d_gate_up = wide[rows], gate_up[:, : p.gate_up.n]
-            v_down = p.down.project_back(part)
-            d_act = p.down.backward(part, v_down, dropout=masks_down)
-            # the gradients of down's A and of gate's and up's B pass by here
-            down_a, down_b = p.down.targets(gradients)
-            gate_b, up_b = p.gate_up.halved_targets(gradients)
-            self.operations.glu_backward_(
-                d_act, d_gate_up, p.activation, v_down[:, : p.down.rank], u, p.gate_up.rank_spans,
-                down_a, gate_b, up_b, masks_down,
-            )  # fmt: skip
-            del d_act
-            v = p.gate_up.project_back(gate_up)
-            p.gate_up.backward(gate_up, v, d_normed[rows], dropout=masks)
-            thin = self.operations.thin_gradient
-            if down_b:
-                thin(saved.u_down[rows], part[:, : p.down.n], None, None, down_b)
-            gate_up_a, _ = p.gate_up.targets(gradients)
-            if gate_up_a:
-                thin(v[:, : p.gate_up.rank], x2, rstd2, p.mlp_norm.factor, gate_up_a, masks)
-            del gate_up, d_gate_up, v  # views of it, too
-        into_o = None if p.attention_output_norm is not None else p.o.fp8_output(grad.shape[0])
-        x2, saved.x2 = saved.x2, None
-        d_x2 = self._norm_backward(p.mlp_norm, d_normed, x2, saved.rstd2, grad, p.o.border, into_o)
-        return d_x2, into_o
-
-    def attention_backward(
-        self, d_x2: Tensor, rows: Fp8Rows | None, saved: Saved, call: Call, gradients: Gradients,
-        needs_input: bool,
-    ) -> Tensor | None:  # fmt: skip
-        """d(loss)/d(x) [M, h] from what `mlp_backward` gave; None if nobody needs it."""
-        p = self.parts
-        assert saved.x is not None and saved.rstd1 is not None and saved.qkv is not None
-        assert saved.attended is not None and saved.u_qkv is not None and saved.u_o is not None
-        hidden = saved.x.shape[1]
-        wide = d_x2
-        if p.attention_output_norm is not None:
-            assert saved.y_attention is not None and saved.rstd_attention is not None
-            rows = p.o.fp8_output(wide.shape[0])
-            wide = self._norm_backward(
-                p.attention_output_norm, d_x2[:, :hidden], saved.y_attention, saved.rstd_attention, None,
-                p.o.border, rows,
-            )  # fmt: skip
-        v, masks = p.o.project_back(wide), p.o.dropout(call.seed)
-        d_attended = p.o.backward(wide, v, rows=rows, dropout=masks)
-        del rows
-        p.o.adapter_gradients(saved.attended, saved.u_o, wide[:, : p.o.n], v, gradients, dropout=masks)
-        n_q, _, dim = p.heads
-        rotated = saved.qkv if p.head_norms is None else self._rotated(saved.qkv, call)
-        q, k, v = self._heads(rotated)
-        dq, dk, dv = attend_backward(
-            d_attended.unflatten(1, (n_q, dim)), q, k, v, saved.attended.unflatten(1, (n_q, dim)),
-            saved.state, call.layout, p.softmax_scale, p.window,
-        )  # fmt: skip
-        raw = None if p.head_norms is None else saved.qkv
-        saved.qkv = saved.attended = None
-        del d_attended, rotated, q, k, v
-        wide = p.qkv.wide_output(saved.x.shape[0])
-        cos, sin = call.rotary[p.layer_type]
-        self.operations.rotary_backward(
-            dq, dk, dv, raw, cos, sin, p.heads, p.qkv_bias, p.head_norms, wide[:, : p.qkv.n]
-        )
-        del dq, dk, dv, raw
-        v, masks = p.qkv.project_back(wide), p.qkv.dropout(call.seed)
-        d_qkv, factor = wide[:, : p.qkv.n], p.input_norm.factor
-        p.qkv.adapter_gradients(saved.x, saved.u_qkv, d_qkv, v, gradients, saved.rstd1, factor, masks)
-        if not needs_input:
-            return None
-        d_normed = p.qkv.backward(wide, v, dropout=masks)
-        # the layer below feeds this to its down projection: same shape, same border
-        out = self._norm_backward(
-            p.input_norm, d_normed, saved.x, saved.rstd1, d_x2[:, :hidden], p.down.border
-        )
-        return out[:, :hidden]
-
-    def recompute(self, saved: Saved, call: Call) -> Saved:
-        """Everything up to x2 again, from x."""
-        assert saved.x is not None
-        again = Saved(u_down=saved.u_down, y_mlp=saved.y_mlp, rstd_mlp=saved.rstd_mlp)
-        y = self.attention(saved.x, None, call, again)
-        again.x2, again.rstd2 = self._norm(self.parts.mlp_norm, saved.x, y, torch.empty_like(y))
-        return again
+    def _recompute(self, saved: LayerSaved, call: Call) -> None:
+        """Everything up to the MLP's input again, from x."""
+        x = saved.attention.x
+        assert x is not None
+        y = self.attention.forward(x, None, call, saved.attention)
+        self.mlp.renew_input(x, y, saved.mlp)
 
 
 class _LayerFunction(torch.autograd.Function):
@@ -278,17 +103,15 @@ class _LayerFunction(torch.autograd.Function):
         anchor: Tensor,
         *ours: Tensor,
     ) -> Any:
-        saved = Saved()
-        y = layer.attention(x, delta, call, saved)
-        if not call.training or layer.policy in RECOMPUTED:
-            saved = keep_only(saved, "full")
-        out = layer.mlp(y, call, saved)
-        assert saved.x2 is not None
-        x2 = saved.x2.view_as(saved.x2)  # an alias: the node must not hold its own output
+        saved = LayerSaved()
+        out = layer.forward(x, delta, call, saved)
+        assert saved.mlp.x is not None
+        x2 = saved.mlp.x.view_as(saved.mlp.x)  # an alias: the node must not hold its own output
         if call.training:
-            saved = keep_only(saved, layer.policy)
+            for block in saved.blocks:
+                block.drop(layer.policy)
             if layer.host is not None:
-                saved = layer.host.put(layer.index, saved, layer.policy)
+                layer.host.put(layer.index, saved.blocks, layer.policy)
             ctx.layer, ctx.call, ctx.saved, ctx.ours = layer, call, saved, ours
         return x2, out
 
@@ -300,12 +123,71 @@ class _LayerFunction(torch.autograd.Function):
         ctx.saved = None  # one backward a forward: the buffers are overwritten on the way
         assert saved is not None, "the backward of a fused layer ran twice"
         if layer.policy in ON_HOST and layer.host is not None:
-            saved = layer.host.get(layer.index, saved)
-        if layer.policy in RECOMPUTED:
-            saved = layer.recompute(saved, call)
-        gradients = Gradients()
-        d_mid, rows = layer.mlp_backward(d_out, saved, call, gradients)
+            layer.host.get(layer.index, saved.blocks)
         needs_x, needs_delta = ctx.needs_input_grad[:2]
-        dx = layer.attention_backward(d_mid, rows, saved, call, gradients, needs_x or needs_delta)
+        dx, gradients = layer.backward(d_out, saved, call, needs_x or needs_delta)
         returned = gradients.collect(ctx.ours)
         return dx if needs_x else None, dx if needs_delta else None, None, None, None, *returned
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """What a layer keeps and needs of `tokens`, in bytes: the sums of its blocks, for what plans."""
+
+    tokens: int
+    attention: AttentionSize
+    mlp: MlpSize
+    travelling: bool  # whether policies on the host move anything: not on a CPU, where all is there
+
+    def on_host(self, policy: str) -> int:
+        """What travels to the host and comes back."""
+        if not self.travelling or policy not in ON_HOST:
+            return 0
+        return self.tokens * (self.attention.travels(policy) + self.mlp.travels(policy))
+
+    def kept(self, policy: str) -> int:
+        """On the device between the passes."""
+        found = self.tokens * (self.attention.kept(policy) + self.mlp.kept(policy))
+        return found - self.on_host(policy)
+
+    def forward(self, policy: str) -> int:
+        """What the forward pass has in hand at most, its input from the layer below apart."""
+        after = self.mlp.forward(self.tokens, policy)
+        if policy == "none":
+            after += self.kept(policy)
+        elif policy not in RECOMPUTED:
+            after += self.tokens * self.attention.dtype_bytes * (self.attention.qkv.n + self.attention.q)
+        return max(self.tokens * self.attention.forward(), after)
+
+    def backward(self, policy: str) -> int:
+        """What the backward pass needs beside what is kept: the wider of the two blocks."""
+        again = 2 * self.on_host(policy)  # back on the device: this layer's tensors, and the next one's
+        if policy in RECOMPUTED:
+            again += self.kept("mlp") - self.kept("full")
+        incoming = self.tokens * self.mlp.dtype_bytes * (self.mlp.hidden + self.mlp.down.border)
+        attention = self.attention.backward(self.tokens) - self.mlp.freed(self.tokens, policy)
+        return again + incoming + max(self.mlp.backward(self.tokens, policy), attention)
+
+    def evaluation(self) -> int:
+        """A forward pass that keeps nothing, at the MLP: the layer's input, x, x2, normed and the output."""
+        mlp = self.mlp
+        inner = mlp.gate_up.n + mlp.gate_up.border + mlp.down.k + mlp.down.border
+        return self.tokens * mlp.dtype_bytes * (5 * mlp.hidden + inner)
+
+    @property
+    def groups(self) -> tuple[ProductSize, ...]:
+        """The layer's products, those with buffers of their own role last."""
+        return self.attention.qkv, self.attention.o, self.mlp.down, self.mlp.gate_up
+
+    def workspace(self) -> int:
+        """Of all layers together: a buffer for gate and up, and one for the largest of the others."""
+        *others, gate_up = (group.extended for group in self.groups)
+        return self.mlp.dtype_bytes * (gate_up + max(others))
+
+    def dequantized(self) -> int:
+        """The layer's weights as resident copies in the compute dtype."""
+        return self.mlp.dtype_bytes * sum(group.extended for group in self.groups)
+
+    def e4m3(self) -> int:
+        """The layer's weights as resident e4m3 copies."""
+        return sum(e4m3_bytes(group, self.mlp.dtype_bytes) for group in self.groups)

@@ -7,7 +7,7 @@ extending its inner dimension (R: all members' ranks, padded):
     forward    y  = [x | x·Aᵀ] · [W | s·B]ᵀ
     backward   dx = [dy | dy·s·B] · [W ; A]          no gradient of W is ever formed
 
-so every activation that enters a product lives in a buffer with R spare columns ("wide"), and the
+so every activation that enters a product lives in a buffer with R spare columns (`Widened`), and the
 extended weight is one [N+R, K+R] matrix holding W, A below it and s·B beside it. It is written
 from the 4-bit codes into a workspace shared by all layers, or stays resident when memory is
 plentiful: the same numbers either way.
@@ -20,7 +20,7 @@ the border out and that is added to it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -28,8 +28,11 @@ from torch import Tensor, nn
 
 from qlora_trainer.kernels import Adapter, Dropout, Fp8Rows, Operations, QuantizedWeight, Target
 
+from .adapter_columns import Widened
+from .workspace import Workspace
+
 # The inner dimension of a matrix-unit tile: a narrower border would cost the same time.
-_ALIGN = {"cuda": 64, "cpu": 1}
+ALIGN = {"cuda": 64, "cpu": 1}
 
 
 @dataclass
@@ -70,45 +73,47 @@ class Gradients:
         return tuple(found[p].to(p.dtype) if p in found else None for p in parameters)
 
 
-@dataclass
-class Workspace:
-    """Buffers that hold the extended weight in use, one a role, each as large as its largest tenant.
+@dataclass(frozen=True)
+class ProductSize:
+    """The product of a group in elements, for what holds weights and for what plans: n outputs, k inputs.
 
-    `generation` counts passes over the model: adapters may have changed between two of them.
-    `adapters` counts those of all groups made so far: an adapter's number is its masks' for good.
+    rank: all members' ranks. align: what the border is rounded up to. e4m3: operands are e4m3 copies.
     """
 
-    device: torch.device
-    dtype: torch.dtype
-    generation: int = 0
-    adapters: int = 0
-    _buffers: dict[str, Tensor] = field(default_factory=dict)
-    _tenants: dict[str, tuple[int, int]] = field(default_factory=dict)
-    _sizes: dict[str, int] = field(default_factory=dict)
-
-    def reserve(self, role: str, numel: int) -> None:
-        """Announces a tenant of `numel` elements; buffers are made on first use."""
-        self._sizes[role] = max(self._sizes.get(role, 0), numel)
-
-    def claim(self, role: str, tenant: int, rows: int, columns: int) -> tuple[Tensor, bool]:
-        """The buffer as [rows, columns], and whether it already holds this tenant's weight."""
-        if role not in self._buffers:
-            self._buffers[role] = torch.empty(self._sizes[role], dtype=self.dtype, device=self.device)
-        holds = self._tenants.get(role) == (tenant, self.generation)
-        self._tenants[role] = (tenant, self.generation)
-        return self._buffers[role][: rows * columns].view(rows, columns), holds
+    n: int
+    k: int
+    rank: int
+    align: int
+    e4m3: bool = False
 
     @property
-    def nbytes(self) -> int:
-        return sum(self._sizes.values()) * self.dtype.itemsize
+    def pad(self) -> int:
+        """The ranks, rounded up to a tile."""
+        return -(-self.rank // self.align) * self.align
+
+    @property
+    def border(self) -> int:
+        """Spare columns of a widened activation: none where the product's operand is an e4m3 copy anyway."""
+        return 0 if self.e4m3 else self.pad
+
+    @property
+    def extended(self) -> int:
+        """Elements of the weight with its border."""
+        return (self.n + self.pad) * (self.k + self.pad)
+
+    @property
+    def e4m3_input(self) -> int:
+        """Bytes a token of what enters the product, in e4m3."""
+        return self.k + self.pad if self.e4m3 else 0
+
+    @property
+    def e4m3_output(self) -> int:
+        """Bytes a token of its gradient in e4m3."""
+        return self.n + self.pad if self.e4m3 else 0
 
 
 class Projection:
-    """The products of one group. Shapes: x [M, K], y [M, N], wide x [M, K+border], wide dy [M, N+border].
-
-    `rank`: all members' ranks; `pad`: the same, rounded up to a tile; `border`: spare columns of wide
-    activations, here `pad`.
-    """
+    """The products of one group. Shapes: x [M, K], y [M, N], each in a buffer `size.border` columns wider."""
 
     def __init__(
         self, name: str, members: Sequence[Member], operations: Operations, workspace: Workspace, role: str
@@ -124,23 +129,17 @@ class Projection:
                 self._adapters.append((member, row, rank))
                 rank += member.lora_A.shape[0]
             row += member.shape[0]
-        align = _ALIGN.get(workspace.device.type, 1)
-        self.rank = rank
+        self.size = ProductSize(self.n, self.k, rank, ALIGN.get(workspace.device.type, 1))
+        self.rank, self.pad = rank, self.size.pad
         self.ranks = tuple(m.lora_A.shape[0] for m, _, _ in self._adapters if m.lora_A is not None)
         rates = {m.dropout.p if m.dropout is not None else 0.0 for m, _, _ in self._adapters}
         assert len(rates) <= 1, f"{name}: one rate of dropout a group"
         self.rate = max(rates, default=0.0)
         self.first_adapter = workspace.adapters
         workspace.adapters += len(self._adapters)
-        self.pad = -(-rank // align) * align
-        self.border = self.pad
         self._resident: Tensor | None = None
         self._packed_in = -1
-        workspace.reserve(role, self._numel)
-
-    @property
-    def _numel(self) -> int:
-        return (self.n + self.pad) * (self.k + self.pad)
+        workspace.reserve(role, self.size.extended)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -166,12 +165,11 @@ class Projection:
     @property
     def resident_nbytes(self) -> int:
         """Bytes that a resident copy takes."""
-        return self._numel * self.workspace.dtype.itemsize
+        return self.size.extended * self.workspace.dtype.itemsize
 
     def make_resident(self) -> None:
         """Keeps the dequantized weight for good."""
-        shape = (self.n + self.pad, self.k + self.pad)
-        self._resident = torch.empty(shape, dtype=self.workspace.dtype, device=self.workspace.device)
+        self._resident = self.workspace.empty(self.n + self.pad, self.k + self.pad)
         self._write_base(self._resident)
 
     def _write_base(self, extended: Tensor) -> None:
@@ -179,7 +177,7 @@ class Projection:
         for member in self.members:
             out = extended[row : row + member.shape[0], : self.k]
             if isinstance(member.weight, QuantizedWeight):
-                self.operations.dequantize(member.weight, out)
+                self.operations.dequantize(self.workspace.store.codes(member.weight), out)
             else:
                 out.copy_(member.weight)
             row += member.shape[0]
@@ -209,65 +207,56 @@ class Projection:
 
     # -- activations -----------------------------------------------------------------------------
 
-    def wide_input(self, m: int) -> Tensor:
-        """An empty [m, K+border]: what feeds `forward` writes its first K columns."""
-        return torch.empty(
-            (m, self.k + self.border), dtype=self.workspace.dtype, device=self.workspace.device
-        )
+    def input(self, m: int) -> Widened:
+        """An empty x [m, K]: what feeds `forward` writes its values, and its e4m3 where it has one."""
+        return Widened(self.workspace.empty(m, self.k + self.size.border), self.k, self.e4m3_input(m))
 
-    def wide_output(self, m: int) -> Tensor:
-        """An empty [m, N+border]: what feeds `backward` writes its first N columns."""
-        return torch.empty(
-            (m, self.n + self.border), dtype=self.workspace.dtype, device=self.workspace.device
-        )
+    def output(self, m: int) -> Widened:
+        """An empty dy [m, N]: what feeds `backward` writes its values."""
+        return Widened(self.workspace.empty(m, self.n + self.size.border), self.n)
 
-    def fp8_input(self, m: int) -> Fp8Rows | None:
+    def e4m3_input(self, m: int) -> Fp8Rows | None:
         """Where what feeds `forward` writes its e4m3 beside; None if the product doesn't run in it."""
         return None
 
-    def fp8_output(self, m: int) -> Fp8Rows | None:
+    def e4m3_output(self, m: int) -> Fp8Rows | None:
         """The same for what feeds `backward`."""
         return None
 
-    def room(self, wide: Tensor) -> Tensor:
-        """Where the projection of a wide activation on the adapters goes: [M, pad]."""
-        return wide[:, wide.shape[1] - self.pad :]
-
-    def project(self, wide: Tensor, dropout: Dropout | None = None) -> Tensor:
-        """x·Aᵀ of a wide input, in its `room`; of what `dropout` leaves of x, times its scale."""
-        u = self.room(wide)
+    def project(self, x: Widened, dropout: Dropout | None = None) -> Tensor:
+        """x·Aᵀ [M, pad], in x's spare columns; of what `dropout` leaves of x, times its scale."""
+        u = x.columns
         if self.rank:
-            x, a = wide[:, : self.k], self.extended()[self.n :, : self.k]
+            a = self.extended()[self.n :, : self.k]
             if dropout is None:
-                torch.mm(x, a.T, out=u)
+                torch.mm(x.values, a.T, out=u)
             else:
-                self.operations.project_dropped(x, a, dropout, u)
+                self.operations.project_dropped(x.values, a, dropout, u)
         return u
 
-    def project_back(self, wide: Tensor) -> Tensor:
-        """dy·s·B of a wide dy, in its `room`."""
-        v = self.room(wide)
+    def project_back(self, dy: Widened) -> Tensor:
+        """dy·s·B [M, pad], in dy's spare columns."""
+        v = dy.columns
         if self.rank:
-            torch.mm(wide[:, : self.n], self.extended()[: self.n, self.k :], out=v)
+            torch.mm(dy.values, self.extended()[: self.n, self.k :], out=v)
         return v
 
-    def forward(
-        self, wide: Tensor, u: Tensor, out: Tensor | None = None, rows: Fp8Rows | None = None
-    ) -> Tensor:
-        """y [M, N] of a wide input and its projection; `rows` from `fp8_input`, already written."""
-        weight = self.extended()[: self.n].T
-        return torch.mm(wide, weight) if out is None else torch.mm(wide, weight, out=out)
+    def forward(self, x: Widened, u: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """y [M, N] of x and its projection on the adapters; without one, the base's alone."""
+        weight, operand = self.extended()[: self.n], x.buffer
+        if u is None:
+            weight, operand = weight[:, : self.k], x.values
+        return torch.mm(operand, weight.T) if out is None else torch.mm(operand, weight.T, out=out)
 
     def backward(
-        self, wide: Tensor, v: Tensor, out: Tensor | None = None, rows: Fp8Rows | None = None,
-        dropout: Dropout | None = None,
-    ) -> Tensor:  # fmt: skip
-        """dx [M, K] of a wide dy and its projection; `rows` from `fp8_output`, already written."""
+        self, dy: Widened, v: Tensor, out: Tensor | None = None, dropout: Dropout | None = None
+    ) -> Tensor:
+        """dx [M, K] of dy and its projection."""
         weight = self.extended()[:, : self.k]
         if dropout is None:
-            return torch.mm(wide, weight) if out is None else torch.mm(wide, weight, out=out)
-        dy, base = wide[:, : self.n], weight[: self.n]
-        dx = torch.mm(dy, base) if out is None else torch.mm(dy, base, out=out)
+            return torch.mm(dy.buffer, weight) if out is None else torch.mm(dy.buffer, weight, out=out)
+        base = weight[: self.n]
+        dx = torch.mm(dy.values, base) if out is None else torch.mm(dy.values, base, out=out)
         self.operations.add_dropped_(dx, v, weight[self.n :], dropout)
         return dx
 
@@ -306,6 +295,6 @@ class Projection:
         """
         of_a, of_b = self.targets(gradients)
         if of_a:
-            self.operations.thin_gradient(v[:, : self.rank], x, row_scale, column_scale, of_a, dropout)
+            self.operations.adapter_grad(v[:, : self.rank], x, row_scale, column_scale, of_a, dropout)
         if of_b:
-            self.operations.thin_gradient(u[:, : self.rank], dy, None, None, of_b)
+            self.operations.adapter_grad(u[:, : self.rank], dy, None, None, of_b)

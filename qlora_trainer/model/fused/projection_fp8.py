@@ -9,12 +9,15 @@ leave room for |s·B| from 6e-6 to 0.15 and |A| to 0.08; x·Aᵀ is about as lar
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from qlora_trainer.kernels import Dropout, Fp8Rows
 
-from .projection import Projection
+from .adapter_columns import Widened
+from .projection import ProductSize, Projection
 
 _FORWARD = 0.5  # s·B is multiplied, u divided
 _BACKWARD = 1.0  # A is multiplied, v divided
@@ -29,7 +32,7 @@ class Fp8Projection(Projection):
     def make_resident(self) -> None:
         """Quantizes the base in both orientations, a scale for each output and each input column."""
         device, dtype = self.workspace.device, self.workspace.dtype
-        self.border = 0
+        self.size = replace(self.size, e4m3=True)
         base = torch.empty((self.n, self.k), dtype=dtype, device=device)
         self._write_base(base)
         self._weight, self._scale = self._quantized(base)
@@ -52,41 +55,36 @@ class Fp8Projection(Projection):
         self.operations.pack_fp8(self._a.T, self._scale_back, _BACKWARD, self._weight_back[:, self.n :])
         self._packed_in = self.workspace.generation
 
-    def fp8_input(self, m: int) -> Fp8Rows | None:
+    def e4m3_input(self, m: int) -> Fp8Rows | None:
         return None if self._weight is None else Fp8Rows.empty(m, self.k + self.pad, self._weight.device)
 
-    def fp8_output(self, m: int) -> Fp8Rows | None:
+    def e4m3_output(self, m: int) -> Fp8Rows | None:
         return None if self._weight is None else Fp8Rows.empty(m, self.n + self.pad, self._weight.device)
 
-    def room(self, wide: Tensor) -> Tensor:
+    def project(self, x: Widened, dropout: Dropout | None = None) -> Tensor:
         if self._weight is None:
-            return super().room(wide)
-        return torch.empty((wide.shape[0], self.pad), dtype=wide.dtype, device=wide.device)
-
-    def project(self, wide: Tensor, dropout: Dropout | None = None) -> Tensor:
-        if self._weight is None:
-            return super().project(wide, dropout)
+            return super().project(x, dropout)
         self._refresh()
         if dropout is None:
-            return wide @ self._a.T
-        u = self.room(wide)
-        self.operations.project_dropped(wide, self._a, dropout, u)
+            return x.values @ self._a.T
+        u = self.workspace.empty(len(x.values), self.pad)
+        self.operations.project_dropped(x.values, self._a, dropout, u)
         return u
 
-    def project_back(self, wide: Tensor) -> Tensor:
+    def project_back(self, dy: Widened) -> Tensor:
         if self._weight is None:
-            return super().project_back(wide)
+            return super().project_back(dy)
         self._refresh()
-        return wide @ self._b
+        return dy.values @ self._b
 
     def _product(
-        self, x: Tensor, rows: Fp8Rows, u: Tensor, factor: float, weight: Tensor, scale: Tensor,
-        out: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        self, x: Widened, u: Tensor, factor: float, weight: Tensor, scale: Tensor, out: Tensor | None
+    ) -> Tensor:
+        rows = self._rows(x.values) if x.e4m3 is None else x.e4m3
         if self.rank:
-            self.operations.pack_fp8(u, rows.scales, factor, rows.values[:, x.shape[1] :])
+            self.operations.pack_fp8(u, rows.scales, factor, rows.values[:, x.width :])
         if out is None:
-            out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+            out = self.workspace.empty(len(x.values), weight.shape[0])
         self.operations.fp8_product(rows.values, rows.scales, weight, scale, out)
         return out
 
@@ -96,25 +94,28 @@ class Fp8Projection(Projection):
         self.operations.quantize_fp8(x, rows)
         return rows
 
-    def forward(
-        self, wide: Tensor, u: Tensor, out: Tensor | None = None, rows: Fp8Rows | None = None
-    ) -> Tensor:
+    def forward(self, x: Widened, u: Tensor | None, out: Tensor | None = None) -> Tensor:
         if self._weight is None:
-            return super().forward(wide, u, out)
+            return super().forward(x, u, out)
         self._refresh()
-        rows = self._rows(wide) if rows is None else rows
-        return self._product(wide, rows, u, 1.0 / _FORWARD, self._weight, self._scale, out)
+        border = self.workspace.empty(len(x.values), self.pad).zero_() if u is None else u
+        return self._product(x, border, 1.0 / _FORWARD, self._weight, self._scale, out)
 
     def backward(
-        self, wide: Tensor, v: Tensor, out: Tensor | None = None, rows: Fp8Rows | None = None,
-        dropout: Dropout | None = None,
-    ) -> Tensor:  # fmt: skip
+        self, dy: Widened, v: Tensor, out: Tensor | None = None, dropout: Dropout | None = None
+    ) -> Tensor:
         if self._weight is None or self._weight_back is None:
-            return super().backward(wide, v, out, dropout=dropout)
+            return super().backward(dy, v, out, dropout)
         self._refresh()
-        rows = self._rows(wide) if rows is None else rows
         border = v if dropout is None else torch.zeros_like(v)  # A stays beside the weight, unused
-        dx = self._product(wide, rows, border, 1.0 / _BACKWARD, self._weight_back, self._scale_back, out)
+        dx = self._product(dy, border, 1.0 / _BACKWARD, self._weight_back, self._scale_back, out)
         if dropout is not None:
             self.operations.add_dropped_(dx, v, self._a, dropout)
         return dx
+
+
+def e4m3_bytes(size: ProductSize, dtype_bytes: int) -> int:
+    """Bytes that `make_resident` keeps: both orientations with a border and a scale a row, and the adapters
+    packed in the compute dtype."""
+    copies = size.n * (size.k + size.pad) + size.k * (size.n + size.pad)
+    return copies + 4 * (size.n + size.k) + dtype_bytes * size.pad * (size.n + size.k)

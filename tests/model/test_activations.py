@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_trainer.model.fused.keep import pieces
+from qlora_trainer.model.fused.activations import pieces
 
 MIB = 1 << 20
 

@@ -9,60 +9,46 @@ Per layer, in bytes a token on the device and in pinned host memory (8B shape, b
     full           8 KB     0    x: everything but the down projection runs again
     full_offload   0 KB   8 KB   as full, and two copies over the bus
 
-The normed activations, the activation of the MLP and every operand of the adapters' thin products
+The normed activations, the activation of the MLP and every operand of the adapters' gradients
 are made again from these or are a few columns wide.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from qlora_trainer.kernels.attention import State
-
-POLICIES = ("none", "mlp", "full", "offload", "full_offload")
+# policy -> what of a layer's forward pass runs twice; the down projection never does
+RECOMPUTES = {
+    "none": "nothing",
+    "mlp": "gate_up",
+    "full": "all but down",
+    "offload": "gate_up",
+    "full_offload": "all but down",
+}
+POLICIES = tuple(RECOMPUTES)
 RECOMPUTED = ("full", "full_offload")  # from x
 ON_HOST = ("offload", "full_offload")
 
 
-@dataclass
 class Saved:
-    """One layer's tensors between its passes; None where the policy dropped one. M tokens."""
+    """One block's tensors between its passes; a field is None where the policy dropped it.
 
-    x: Tensor | None = None  # [M, h] the residual stream at the layer's input
-    rstd1: Tensor | None = None  # float32 [M]
-    qkv: Tensor | None = None  # [M, (Hq+2Hk)D] rotated, or raw where head norms need it raw
-    attended: Tensor | None = None  # [M, Hq*D]
-    state: State = ()
-    y_attention: Tensor | None = None  # [M, h] before the attention output norm, if there is one
-    rstd_attention: Tensor | None = None
-    x2: Tensor | None = None  # [M, h] the residual stream between attention and MLP
-    rstd2: Tensor | None = None
-    gate_up: Tensor | None = None  # [M, 2F + border]
-    y_mlp: Tensor | None = None  # [M, h] before the MLP output norm, if there is one
-    rstd_mlp: Tensor | None = None
-    u_qkv: Tensor | None = None  # [M, rank] projections on the adapters
-    u_o: Tensor | None = None
-    u_gate_up: Tensor | None = None
-    u_down: Tensor | None = None
+    A block's subclass is a dataclass and says which fields each way of recomputing makes again, and which
+    are worth a trip over the bus.
+    """
 
+    again: ClassVar[dict[str, frozenset[str]]]
+    travels: ClassVar[tuple[str, ...]]
 
-_FULL = {"x", "u_down", "y_mlp", "rstd_mlp"}
-_WIDE = ("x", "qkv", "attended", "y_attention", "x2", "y_mlp")  # what is worth a trip over the bus
-
-
-def keep_only(saved: Saved, policy: str) -> Saved:
-    """What `policy` keeps (before the copies, where they follow)."""
-    if policy == "none":
-        return saved
-    if policy in RECOMPUTED:
-        return Saved(**{f.name: getattr(saved, f.name) for f in fields(Saved) if f.name in _FULL})
-    saved.gate_up = saved.u_gate_up = None
-    return saved
+    def drop(self, policy: str) -> None:
+        """Lets go of what `policy` makes again."""
+        for name in self.again[RECOMPUTES[policy]]:
+            setattr(self, name, () if name == "state" else None)
 
 
 class _Home:
@@ -107,6 +93,9 @@ def pieces(size: int, smallest: int = 1 << 20) -> list[int]:
     return [*found, size] if size > 0 else found
 
 
+_Place = tuple[int, str]  # a block's number in its layer, and the field
+
+
 class HostStore:
     """Saved tensors of offloaded layers in pinned memory, moved on a stream of their own.
 
@@ -118,9 +107,9 @@ class HostStore:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
-        self._homes: dict[int, dict[str, _Home]] = {}
+        self._homes: dict[int, dict[_Place, _Home]] = {}
         self._leaving: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
-        self._arriving: dict[int, tuple[torch.cuda.Event, dict[str, Tensor]]] = {}
+        self._arriving: dict[int, tuple[torch.cuda.Event, dict[_Place, Tensor]]] = {}
         self._order: list[int] = []  # layers put away in this pass, in order
 
     def reset(self) -> None:
@@ -129,25 +118,25 @@ class HostStore:
         self._arriving.clear()
         self._order.clear()
 
-    def put(self, index: int, saved: Saved, policy: str) -> Saved:
-        """Starts the copies of layer `index`, if its policy is one of `ON_HOST`; returns what stays on the
-        device. Every layer passes by: earlier copies are waited for here."""
+    def put(self, index: int, saved: Sequence[Saved], policy: str) -> None:
+        """Starts the copies of layer `index`, if its policy is one of `ON_HOST`: what travels leaves `saved`.
+        Every layer passes by: earlier copies are waited for here."""
         self._release(1 if policy == "offload" else 0)
         if policy not in ON_HOST:
-            return saved
+            return
         self._stream.wait_stream(torch.cuda.current_stream())
         homes, held = self._homes.setdefault(index, {}), []
-        for name in _WIDE:
-            tensor: Tensor | None = getattr(saved, name)
-            if tensor is None:
-                continue
-            with torch.cuda.stream(self._stream):
-                homes.setdefault(name, _Home()).put(tensor)
-            held.append(tensor)
-            setattr(saved, name, None)
+        for number, block in enumerate(saved):
+            for name in block.travels:
+                tensor: Tensor | None = getattr(block, name)
+                if tensor is None:
+                    continue
+                with torch.cuda.stream(self._stream):
+                    homes.setdefault((number, name), _Home()).put(tensor)
+                held.append(tensor)
+                setattr(block, name, None)
         self._leaving.append((self._stream.record_event(), held))
         self._order.append(index)
-        return saved
 
     def _release(self, remaining: int) -> None:
         while len(self._leaving) > remaining:
@@ -157,17 +146,17 @@ class HostStore:
 
     def _start(self, index: int) -> None:
         back = {
-            name: torch.empty(home.shape, dtype=home.dtype, device=self._stream.device)
-            for name, home in self._homes[index].items()
+            place: torch.empty(home.shape, dtype=home.dtype, device=self._stream.device)
+            for place, home in self._homes[index].items()
         }
         self._stream.wait_stream(torch.cuda.current_stream())  # the new memory may still be in use there
         with torch.cuda.stream(self._stream):
-            for name, tensor in back.items():
-                self._homes[index][name].get(tensor)
+            for place, tensor in back.items():
+                self._homes[index][place].get(tensor)
         self._arriving[index] = (self._stream.record_event(), back)
 
-    def get(self, index: int, saved: Saved) -> Saved:
-        """The layer's tensors back on the device; starts fetching the layer below."""
+    def get(self, index: int, saved: Sequence[Saved]) -> None:
+        """Puts the layer's tensors back into `saved`, on the device; starts fetching the layer below."""
         self._release(0)
         if index not in self._arriving:
             self._start(index)
@@ -177,6 +166,5 @@ class HostStore:
         if position > 0:
             self._start(self._order[position - 1])
         del self._order[position:]
-        for name, tensor in back.items():
-            setattr(saved, name, tensor)
-        return saved
+        for (number, name), tensor in back.items():
+            setattr(saved[number], name, tensor)

@@ -18,7 +18,7 @@ from .types import Dropout, Target
 
 
 @triton.jit(do_not_specialize=MASK_NUMBERS)
-def _thin_gradient_kernel(
+def _adapter_grad_kernel(
     narrow_ptr, wide_ptr, scale_ptr, partial_ptr, m, r, c, rows_a_split, narrow_stride, wide_stride,
     seed_ptr, first, row0, start1, start2, threshold, ADAPTERS: tl.constexpr,
     SCALE: tl.constexpr, RANK: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
@@ -97,7 +97,7 @@ def _tile(rank: int) -> tuple[int, int, int, int, int]:
     return (32, 64, 4, 4, 396) if rank <= 256 else (16, 32, 4, 2, 396)
 
 
-def thin_gradient(
+def adapter_grad(
     narrow: Tensor,
     wide: Tensor,
     row_scale: Tensor | None,
@@ -105,7 +105,7 @@ def thin_gradient(
     targets: Sequence[Target],
     dropout: Dropout | None = None,
 ) -> None:
-    """As `reference.thin_gradient`; narrow [M, R ≤ 768], targets float32."""
+    """As `reference.adapter_grad`; narrow [M, R ≤ 768], targets float32."""
     (m, r), c = narrow.shape, wide.shape[1]
     ranks = dropout.ranks if dropout is not None else (r,)
     rank = max(16, triton.next_power_of_2(max(ranks)))
@@ -116,7 +116,7 @@ def thin_gradient(
     rows = triton.cdiv(triton.cdiv(m, splits), bm) * bm
     splits = triton.cdiv(m, rows)
     partial = torch.empty((splits, r, c), dtype=torch.float32, device=wide.device)
-    _thin_gradient_kernel[(blocks, splits)](
+    _adapter_grad_kernel[(blocks, splits)](
         narrow, wide, narrow if row_scale is None else row_scale, partial, m, r, c, rows,
         narrow.stride(0), wide.stride(0), **mask_arguments(dropout, wide),
         SCALE=row_scale is not None, RANK=rank, BM=bm, BC=bc,
