@@ -19,6 +19,7 @@ from difflib import get_close_matches
 from qlora_trainer import __version__, commands
 from qlora_trainer.errors import ConfigError, PreemptedError, explained
 from qlora_trainer.system.redact import masked_output
+from qlora_trainer.system.streams import lasting_output
 from qlora_trainer.track.quiet import quiet_libraries
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -57,7 +58,7 @@ class Line:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
-    with masked_output():
+    with lasting_output(), masked_output():
         return _main(sys.argv[1:] if argv is None else argv)
 
 
@@ -65,14 +66,11 @@ def _main(argv: Sequence[str]) -> int:
     verbose = bool({"-v", "--verbose"} & set(argv)) or os.environ.get("QLORA_TRACEBACK", "0") not in ("", "0")
     try:
         code = _run(_read(argv))
-        sys.stdout.flush()  # here, where a reader that has gone is caught, and not at the interpreter's end
+        sys.stdout.flush()  # here, where a disk that refuses it is an error, and not at the interpreter's end
         return code
     except KeyboardInterrupt:
         _say("interrupted", verbose)
         return INTERRUPTED
-    except BrokenPipeError:  # `… recipes | head`: the reader has gone, and that is fine
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:  # the one place that answers for everything
         known = explained(error)
         # Every rank of a multi-process run finds the same fault in the configuration; one says it.

@@ -90,8 +90,7 @@ def publish_folder(target: Path, fill: Callable[[Path], None], *, needed: int = 
     Raises:
         CheckpointError: no space, read-only, quota …; what was there before is untouched.
     """
-    if target.is_symlink():
-        raise CheckpointError(f"{target} is a link; remove it, folders are published in place of their name")
+    require_place(target)
     temporary = target.with_name(f"{TEMPORARY}{target.name}-{os.getpid()}")
     with disk_errors(target, needed):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -140,6 +139,28 @@ def require_space(folder: Path, needed: int, what: str) -> None:
             f"{what} needs {needed:,} bytes and the disk of {existing} has {free:,} free: "
             "make room, or choose another output_dir"
         )
+
+
+def require_place(target: Path) -> None:
+    """Looks whether a folder can be published as `target`, so that nobody works for it in vain.
+
+    A link or a file of that name is the user's: it is not replaced, nor followed, because nothing is written
+    outside output_dir.
+
+    Raises:
+        CheckpointError: it is a link or a file, or may not be written to.
+    """
+    if target.is_symlink():
+        raise CheckpointError(
+            f"{target} is a link to {os.readlink(target)}, and nothing is written outside output_dir: "
+            "put the folder itself there, or make output_dir the link"
+        )
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target} is a file where a folder will be: move it away")
+    for folder in (target, target.parent):
+        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+            number = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES
+            raise CheckpointError(f"cannot write {folder}: {os.strerror(number)}; {REFUSALS[number]}")
 
 
 def require_inside(root: Path, path: Path) -> Path:

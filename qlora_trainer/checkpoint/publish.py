@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qlora_trainer.checkpoint import disk, format
 from qlora_trainer.checkpoint.disk import atomic_write, publish_folder
+from qlora_trainer.errors import CheckpointError
 
 __all__ = ["atomic_write", "checkpoints", "publish_folder", "retain", "save", "space_needed"]
 
@@ -25,8 +26,14 @@ def save(
     tensors: Mapping[str, Mapping[str, Tensor]],
     documents: Mapping[str, Mapping[str, Any]],
 ) -> Path:
-    """Publishes the checkpoint of `step` below `root` (see `format.write`) and returns its folder."""
+    """Publishes the checkpoint of `step` below `root` (see `format.write`) and returns its folder.
+
+    Raises:
+        CheckpointError: the disk refuses, or `root`'s own folder is gone: made anew, it would be no run's.
+    """
     assert documents[format.STATE]["step"] == step
+    if not root.parent.is_dir():
+        raise CheckpointError(f"{root.parent} is gone: it was moved or removed while the run was at work")
     return publish_folder(
         root / format.folder_name(step),
         lambda folder: format.write(folder, tensors, documents),

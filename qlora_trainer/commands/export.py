@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from qlora_trainer.checkpoint.disk import lock
+from qlora_trainer.checkpoint.disk import lock, require_place
 from qlora_trainer.commands import report, wiring
 from qlora_trainer.commands.verify import exports_folder, subject, verify_exports
 from qlora_trainer.config.schema import RunConfig
@@ -30,8 +30,10 @@ def run(config: RunConfig) -> None:
     """
     wanted = config.export
     device = pick_device(config.model.device)
-    source = source_of(config)
     root = exports_folder(config)
+    for place in (root, *(root / kind for kind in wanted.format)):
+        require_place(place)
+    source = source_of(config)
     if wanted.push_to_hub is not None:
         hub.check(wanted.push_to_hub)
     with ExitStack() as stack:

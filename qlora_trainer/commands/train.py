@@ -47,6 +47,7 @@ from qlora_trainer.objectives.sft import sft
 from qlora_trainer.optim import make_optimizer, schedule
 from qlora_trainer.plan.plan import RunPlan
 from qlora_trainer.system import redact
+from qlora_trainer.system.terminal import console
 from qlora_trainer.track import Tracker
 from qlora_trainer.track.console import ConsoleTracker
 from qlora_trainer.track.jsonl import JsonlTracker
@@ -88,6 +89,8 @@ def run(config: RunConfig) -> None:
         finally:
             signals.over()
             status.finish(code, message)
+            if status.unwritten is not None:
+                console.print(f"status.json is not of the end: {status.unwritten}", style="yellow")
             if ranks.main:
                 report.refresh(folder)
             if code == PreemptedError.exit_code:

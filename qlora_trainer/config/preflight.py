@@ -15,6 +15,7 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+from qlora_trainer.checkpoint.disk import require_place
 from qlora_trainer.config import checks
 from qlora_trainer.config.claim import refuse_foreign
 from qlora_trainer.config.schema import RunConfig
@@ -27,7 +28,7 @@ from qlora_trainer.model import source
 
 
 def check(config: RunConfig, command: str) -> None:
-    """Raises `MissingInputError` or `ConfigError` if `command` could not even begin here."""
+    """Raises one of our errors if `command` could not even begin here, or could not end."""
     config = plain(config)
     if config.model.device == "cuda" and cuda_devices() == 0:
         raise ConfigError(
@@ -36,6 +37,8 @@ def check(config: RunConfig, command: str) -> None:
         )
     if command == "train":
         refuse_foreign(config)
+        for product in ("checkpoints", "adapter"):  # what the run will publish there
+            require_place(Path(config.output_dir or "") / product)
     if command in checks.NEEDS_DATA:
         check_data(config.data.path, "data.path")
         check_data(config.data.eval_path, "data.eval_path")

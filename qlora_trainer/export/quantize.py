@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -162,8 +163,9 @@ def quantize(
         os.close(write)
         try:
             assert process.stdin is not None
-            process.stdin.write(json.dumps(request).encode())
-            process.stdin.close()
+            with suppress(BrokenPipeError):  # it has died already: its code and log say of what
+                process.stdin.write(json.dumps(request).encode())
+                process.stdin.close()
             with os.fdopen(read) as reports:
                 for line in reports:
                     if progress is not None:

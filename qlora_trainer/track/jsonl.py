@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_trainer.checkpoint.disk import disk_errors
+from qlora_trainer.errors import CheckpointError
 
 SYNC_SECONDS = 5.0
 
@@ -31,6 +32,8 @@ class JsonlTracker:
 
     def log(self, record: dict[str, Any]) -> None:
         with disk_errors(self.path):
+            if os.fstat(self._file.fileno()).st_nlink == 0:
+                raise CheckpointError(f"{self.path} was removed while the run wrote to it")
             self._file.write(_dump(record))
             self._file.flush()  # survives kill -9 of this process from here on
             if time.monotonic() - self._synced > SYNC_SECONDS:

@@ -215,7 +215,8 @@ def train(
             if progress.step > saved:
                 save_now()
         except Exception as second:
-            known = known.adding(f"the state after step {progress.step} is not saved: {explained(second)}")
+            lost = f"the state after step {progress.step} could not be saved: {explained(second)}"
+            return known.adding(lost).adding(f"the last that was saved is that after step {saved}")
         return known.adding(_kept(saved))
 
     def boundary() -> None:

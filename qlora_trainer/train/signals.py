@@ -16,7 +16,6 @@ In: signals, and the names of the phases. Out: `requested()` for the loop, `Pree
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import json
 import os
@@ -49,19 +48,30 @@ class Status:
 
     Keys: `state` (running, stopping, stopped, done, failed), `phase`, `step`, `total_steps`,
     `signal`, `exit_code`, `message`, `pid`, `started` and `updated` (UTC), whatever is noted of the run, and
-    `sessions`: what was left of earlier starts in the same folder. Not fsynced: it is for the living.
+    `sessions`: what was left of earlier starts in the same folder. Not fsynced: it is for the living. A
+    disk that refuses it ends no run.
+
+    Attributes:
+        unwritten: why the last writing failed, if it did.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
         self._fields: dict[str, Any] = {"state": "running", "pid": os.getpid(), "started": _now()}
         self._written = 0.0
+        self.unwritten: CheckpointError | None = None
 
     def write_to(self, path: Path) -> None:
-        """From now on there is a file; for the one rank that has the run folder to itself."""
+        """From now on there is a file; for the one rank that has the run folder to itself.
+
+        Raises:
+            CheckpointError: the disk refuses it, here at the beginning.
+        """
         self._path = path
         self.note(sessions=_sessions(path))
         self.update()
+        if self.unwritten is not None:
+            raise self.unwritten
 
     def note(self, **fields: Any) -> None:
         """Sets fields that the next writing will have."""
@@ -72,7 +82,11 @@ class Status:
         self.note(**fields, updated=_now())
         self._written = time.monotonic()
         if self._path is not None:
-            write_json(self._path, self._fields, durable=False)
+            try:
+                write_json(self._path, self._fields, durable=False)
+                self.unwritten = None
+            except CheckpointError as error:
+                self.unwritten = error
 
     def tick(self, **fields: Any) -> None:
         """`update`, at most once in `TICK` seconds: for every step of the loop."""
@@ -82,10 +96,9 @@ class Status:
             self.note(**fields)
 
     def finish(self, exit_code: int, message: str = "") -> None:
-        """The last word of a run; a disk that refuses it must not hide why the run ended."""
+        """The last word of a run."""
         state = {0: "done", PreemptedError.exit_code: "stopped"}.get(exit_code, "failed")
-        with contextlib.suppress(CheckpointError):
-            self.update(state=state, exit_code=exit_code, message=message)
+        self.update(state=state, exit_code=exit_code, message=message)
 
 
 def _now() -> str:
@@ -156,8 +169,7 @@ class StopSignals:
         if self.requested() or self._over:
             return  # the watching thread decides whether this is a second request
         self._signal = number
-        with contextlib.suppress(CheckpointError):
-            self._status.update(state="stopping", signal=signal.Signals(number).name)
+        self._status.update(state="stopping", signal=signal.Signals(number).name)
         if self._interruptible:
             raise self._preempted()
 

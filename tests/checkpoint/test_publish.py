@@ -75,11 +75,36 @@ def test_needed_and_free_bytes_are_named_before_anything_is_written(tmp_path: Pa
     assert not (tmp_path / "a" / "b").exists()
 
 
-def test_a_link_is_not_published_through(tmp_path: Path) -> None:
+def test_a_link_or_a_file_is_neither_followed_nor_replaced(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "adapter").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match="link"):
-        disk.publish_folder(tmp_path / "adapter", lambda folder: None)
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    (tmp_path / "file").write_text("a user's")
+    for name, reason in (("adapter", "a link to .*elsewhere"), ("nowhere", "a link"), ("file", "is a file")):
+        with pytest.raises(CheckpointError, match=reason):
+            disk.publish_folder(tmp_path / name, lambda folder: None)
+    assert (tmp_path / "adapter").is_symlink() and (tmp_path / "file").read_text() == "a user's"
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "elsewhere", "file", "nowhere"]
+
+
+def test_a_place_that_may_not_be_written_to_is_known_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk.require_place(tmp_path / "new" / "adapter")
+    (tmp_path / "checkpoints").mkdir()
+    # Modes do not bind root, who runs some tests: what the system would answer another user.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "checkpoints")
+    for place in (tmp_path / "checkpoints", tmp_path / "checkpoints" / "step-000001"):
+        with pytest.raises(
+            CheckpointError, match="checkpoints: Permission denied; see to its owner and mode"
+        ):
+            disk.require_place(place)
+
+
+def test_a_run_folder_that_is_gone_is_not_made_anew(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"run is gone: it was moved or removed"):
+        samples.save(tmp_path / "run" / "checkpoints", 1)
+    assert os.listdir(tmp_path) == []
 
 
 def test_paths_that_lead_out_are_refused(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ ACKNOWLEDGED = "acknowledged"
 
 def prepare(run: Path) -> None:
     """A run folder with two checkpoints and a published adapter, as a run leaves it."""
+    run.mkdir(exist_ok=True)
     for step in SAVED_BEFORE:
         samples.save(run / resume.CHECKPOINTS, step)
     disk.publish_folder(run / "adapter", lambda folder: format.write(folder, *samples.contents(2)))
