@@ -97,7 +97,7 @@ def _run(line: Line) -> int:
         print(_usage(), file=sys.stderr)
         return ConfigError.exit_code
     with leaving_at_once() if line.command == "train" else nullcontext():
-        config = load.load(line.keys, line.command)
+        config = load.load(line.keys, line.command, say=_note)
         preflight.check(config, line.command)
         quiet_libraries()
         importlib.import_module(f"qlora_trainer.commands.{line.command}").run(config)
@@ -198,6 +198,11 @@ def _usage() -> str:
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
+
+
+def _note(text: str) -> None:
+    if _rank() == 0:
+        print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def _say(text: str, verbose: bool) -> None:

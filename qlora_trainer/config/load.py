@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qlora_trainer.config import checks, keys, recipes
+from qlora_trainer.config import checks, heirs, keys, recipes
 from qlora_trainer.config.recipes import Recipe
 from qlora_trainer.config.schema import ExportConfig, RunConfig
 from qlora_trainer.config.watch import as_dict, watch
@@ -32,11 +32,14 @@ from qlora_trainer.errors import ConfigError, MissingInputError
 from qlora_trainer.system import redact
 
 
-def load(arguments: Sequence[str], command: str = "train") -> RunConfig:
+def load(
+    arguments: Sequence[str], command: str = "train", say: Callable[[str], None] = lambda line: None
+) -> RunConfig:
     """Compose and check the configuration that `arguments` (`key=value`, `recipe=NAME`) ask for.
 
     `run=FOLDER` takes the place of a recipe: the finished run's `config.yaml`. The result is frozen and
-    notes which of its keys are read (`watch.unread_keys`).
+    notes which of its keys are read (`watch.unread_keys`). `say` takes what the recipe has and whoever names
+    other data does not inherit.
 
     Raises `ConfigError` with every problem found, `MissingInputError` for a recipe or run that is not there.
     """
@@ -46,17 +49,24 @@ def load(arguments: Sequence[str], command: str = "train") -> RunConfig:
     run = next((str(o.value()) for o in overrides if o.key_or_group == "run" and o.value() is not None), None)
     overrides = [override for override in overrides if override.key_or_group not in ("recipe", "run")]
 
-    bodies: list[dict[str, Any]] = []
+    layers: list[dict[str, Any]] = []
     for recipe in chain:
         bad = {key: why for key, value in recipe.values.items() if (why := _recipe_problem(key, value))}
         problems += [f"{recipe.where(key)}: {why}" for key, why in bad.items()]
-        bodies.append(_nest({key: value for key, value in recipe.values.items() if key not in bad}))
+        layers.append({key: value for key, value in recipe.values.items() if key not in bad})
     for override in list(overrides):
         if why := _override_problem(override):
             problems.append(why)
             overrides.remove(override)
+    layers.append({override.key_or_group: override.value() for override in overrides})
+    if run is None:  # a run's rows stay those of its adapter, whatever data a command reads
+        layers, lines = heirs.disinherit(layers)
+        for line in lines:
+            say(line)
 
-    config = _compose(bodies, [override.input_line or "" for override in overrides])
+    config = _compose(
+        [_nest(layer) for layer in layers[:-1]], [override.input_line or "" for override in overrides]
+    )
     config.run = run
     config.recipe = chain[-1].values.get("recipe") if run else (chain[-1].name if chain else None)
     _fill_in(config)
@@ -68,7 +78,7 @@ def load(arguments: Sequence[str], command: str = "train") -> RunConfig:
         raise_all(problems)
     given = {o.key_or_group for o in overrides}
     if run is None:  # a run's config.yaml holds every key there is
-        given.update(key for recipe in chain for key in recipe.values)
+        given.update(key for layer in layers for key in layer)
     return watch(config, {keys.owner(key) or key for key in given})
 
 
