@@ -7,12 +7,14 @@ from pathlib import Path
 from qlora_trainer.checkpoint.disk import write_json
 from qlora_trainer.commands import report, wiring
 from qlora_trainer.commands.comparison import compare
+from qlora_trainer.commands.fit import check_fit
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import DataError
 from qlora_trainer.evaluate.harness import FILE, Harness, table
 from qlora_trainer.inference.load import find_adapter, load
 from qlora_trainer.model.forward import ReferenceForward
-from qlora_trainer.system.terminal import results
+from qlora_trainer.model.limits import limits_of
+from qlora_trainer.system.terminal import console, results
 
 
 def run(config: RunConfig) -> None:
@@ -31,6 +33,8 @@ def run(config: RunConfig) -> None:
     )
     held_out = wiring.load_held_out(config, loaded.tokenizer)
     if held_out:
+        for line in check_fit(limits_of(loaded.model), held_out, loaded.tokenizer):
+            console.print(line, style="yellow")
         forward = ReferenceForward(loaded.model)
         compare(config, folder, loaded.model, forward, loaded.tokenizer, loaded.stop_ids, held_out)
     elif harness is None:

@@ -18,9 +18,11 @@ import torch
 from peft import PeftModel
 from rich.console import RenderableType
 from rich.text import Text
+from transformers import PreTrainedTokenizerBase
 
 from qlora_trainer.checkpoint.format import ADAPTER, Checkpoint
 from qlora_trainer.commands import wiring
+from qlora_trainer.commands.fit import check_fit
 from qlora_trainer.commands.plan import facts_of, plan_of
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data import TokenizedData, overlap
@@ -160,10 +162,21 @@ def describe_data(data: TokenizedData, held_out: list[TokenizedData]) -> str:
     return "\n".join(lines)
 
 
-def concerns(config: RunConfig, data: TokenizedData, held_out: list[TokenizedData]) -> list[str]:
-    """What is probably not meant about the data, a line for each. Raises DataError where it cannot be."""
+def concerns(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    data: TokenizedData,
+    held_out: list[TokenizedData],
+) -> list[str]:
+    """What is probably not meant about the data, a line for each.
+
+    Raises:
+        DataError, ConfigError: where it cannot be.
+    """
     remarks = [remark for part in (data, *held_out) for remark in part.ledger.remarks]
-    return list(dict.fromkeys(remarks)) + overlap.check(data, held_out, given=bool(config.data.eval_path))
+    limits = wiring.limits(config)
+    fit = check_fit(limits, [data, *held_out], tokenizer) if limits is not None else []
+    return [*dict.fromkeys(remarks), *fit, *overlap.check(data, held_out, given=bool(config.data.eval_path))]
 
 
 def facts_of_start(ranks: Ranks) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from qlora_trainer.plan.changes import cheapest
 from qlora_trainer.plan.decide import decide
 from qlora_trainer.plan.plan import RunPlan, check, make_plan
 from qlora_trainer.plan.settings import DataFacts
-from qlora_trainer.system.terminal import results
+from qlora_trainer.system.terminal import console, results
 
 if TYPE_CHECKING:
     from qlora_trainer.data import TokenizedData
@@ -55,6 +55,7 @@ def data_here(config: RunConfig) -> DataFacts | None:
     Training finds them in the cache.
     """
     from qlora_trainer.commands import wiring
+    from qlora_trainer.commands.fit import check_fit
     from qlora_trainer.model.load import load_tokenizer
 
     if config.data.path is None:
@@ -66,7 +67,11 @@ def data_here(config: RunConfig) -> DataFacts | None:
         tokenizer = load_tokenizer(str(config.model.model_name_or_path), config.model.revision)
     except MissingInputError:
         return None
-    return facts_of(wiring.load_data(config, tokenizer))
+    data = wiring.load_data(config, tokenizer)
+    if (limits := wiring.limits(config)) is not None:
+        for line in check_fit(limits, [data], tokenizer):
+            console.print(line, style="yellow")
+    return facts_of(data)
 
 
 def _size(source: str) -> int | None:

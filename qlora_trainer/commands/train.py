@@ -110,7 +110,7 @@ def _train(run: Run) -> None:
         held_out = wiring.load_held_out(config, tokenizer) if config.evaluate.enabled else []
         wiring.use_template(tokenizer, data)
         run.say(describe_data(data, held_out))
-        for line in concerns(config, data, held_out):
+        for line in concerns(config, tokenizer, data, held_out):
             run.say(f"         {line}", "yellow")
         run.status.note(data=facts_of_data(data, held_out))
         begun = resume.find(

@@ -11,10 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data import Batch, DataOptions, Loader, TokenizedData, load_tokenized
+from qlora_trainer.errors import MissingInputError
 from qlora_trainer.evaluate.held_out import HeldOut
 from qlora_trainer.inference.stop import pad_id, stop_ids
+from qlora_trainer.model.limits import Limits, limits_in
 from qlora_trainer.model.load import DTYPES, BaseOptions, pick_dtype
 from qlora_trainer.model.lora import LoraOptions
+from qlora_trainer.model.source import resolve
 from qlora_trainer.train.distributed import Ranks
 
 _Options = TypeVar("_Options")
@@ -128,6 +131,18 @@ def load_held_out(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list
         )
         for path in paths
     ]
+
+
+def limits(config: RunConfig) -> Limits | None:
+    """What the base can take; None of one that only its own code, or nothing here, can build."""
+    name = config.model.model_name_or_path
+    assert name is not None, "checked with the configuration"
+    if config.model.trust_remote_code:
+        return None
+    try:
+        return limits_in(resolve(name, config.model.revision), config.model.revision)
+    except MissingInputError:  # the plan knows more of such, and loading says what is wrong
+        return None
 
 
 def use_template(tokenizer: PreTrainedTokenizerBase, data: TokenizedData) -> None:

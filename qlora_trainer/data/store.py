@@ -250,6 +250,11 @@ class TokenizedData:
             self._tokens[span], self._weights[span], (int(record["answer_start"]), int(record["answer_stop"]))
         )
 
+    def ids_from(self, first: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """The token ids that are `first` or more, ascending, and how often each of them occurs."""
+        ids, counts = np.unique(self._tokens[self._tokens >= first], return_counts=True)
+        return ids, counts
+
     def where(self, index: int) -> str:
         """`file:line` of the row a document came from, with its element where a line has several."""
         record = self._documents[index]

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from qlora_trainer.model.limits import limits_of
+
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
@@ -61,6 +63,8 @@ def generate(
 ) -> list[list[int]]:
     """Answers to `prompts`, in their order: the new token ids before the first stop token.
 
+    An answer ends where the model's table of positions does, if it has one.
+
     Args:
         model: in any mode; it generates in evaluation mode and is put back.
         prompts: non-empty lists of token ids.
@@ -72,9 +76,13 @@ def generate(
     answers: list[list[int]] = [[] for _ in prompts]
     with _decoding(model, sampling.config(stop_ids, pad_id)) as config:
         torch.manual_seed(sampling.seed)
+        limits = limits_of(model)
         for start in range(0, len(order), sampling.batch_size):
             rows = order[start : start + sampling.batch_size]
             input_ids, mask = pad_left([prompts[row] for row in rows], pad_id)
+            config.max_new_tokens = limits.room(input_ids.shape[1], sampling.max_new_tokens)
+            if not config.max_new_tokens:
+                continue
             output = model.generate(
                 input_ids=input_ids.to(model.device),
                 attention_mask=mask.to(model.device),

@@ -27,6 +27,7 @@ from torch import Tensor
 from qlora_trainer.errors import QLoRAError
 from qlora_trainer.export.quantize import QuantizeOptions
 from qlora_trainer.export.reader import FolderReader, Reader, reader_of
+from qlora_trainer.model.limits import limits_of
 from qlora_trainer.train.signals import shield_worker
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -212,11 +213,15 @@ def _answers(model: Any, reader: Reader, request: dict[str, Any]) -> dict[str, A
     texts, stopped, made, seconds = [], 0, 0, 0.0
     for prompt in request["prompts"]:
         ids = torch.tensor([prompt], device=model.device)
+        room = limits_of(model).room(len(prompt), request["max_new_tokens"])
+        if not room:
+            texts.append("")
+            continue
         started = time.perf_counter()
         output = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=request["max_new_tokens"],
+            max_new_tokens=room,
             do_sample=False,
             use_cache=True,
             eos_token_id=stops,

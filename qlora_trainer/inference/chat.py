@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
-from qlora_trainer.errors import ConfigError
+from qlora_trainer.errors import ConfigError, DataError
 from qlora_trainer.evaluate.generate import Sampling
 from qlora_trainer.inference.load import Loaded
 from qlora_trainer.inference.stop import pad_id
+from qlora_trainer.model.limits import limits_of
 
 Message = dict[str, str]
 
@@ -50,6 +51,7 @@ class Chat:
         self.config: GenerationConfig = options.sampling.config(
             loaded.stop_ids, pad_id(loaded.tokenizer, loaded.stop_ids)
         )
+        self.limits, self.max_new_tokens = limits_of(loaded.model), options.sampling.max_new_tokens
         self.write = write
         self._opening = [{"role": "system", "content": options.system}] if options.system else []
         self.messages: list[Message] = []
@@ -64,9 +66,13 @@ class Chat:
         """The answer to `text`, streamed to `write` and added to the history.
 
         Interrupted from the keyboard, the turn is taken back whole.
+
+        Raises:
+            DataError: a token of it has no row in the model's embedding, or the conversation no position.
         """
         turn = [*self.messages, {"role": "user", "content": text}]
         prompt = prompt_ids(self.tokenizer, turn)
+        self._require_place(prompt)
         ids = torch.tensor([prompt], device=self.model.device)
         with torch.inference_mode():
             output = self.model.generate(
@@ -78,6 +84,19 @@ class Chat:
         answer = str(self.tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True))
         self.messages = [*turn, {"role": "assistant", "content": answer}]
         return answer
+
+    def _require_place(self, prompt: list[int]) -> None:
+        if (largest := max(prompt)) >= self.limits.rows:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise DataError(
+                f"chat: {token!r} is token {largest}, and the model's embedding has {self.limits.rows:,} rows"
+            )
+        self.config.max_new_tokens = self.limits.room(len(prompt), self.max_new_tokens)
+        if not self.config.max_new_tokens:
+            raise DataError(
+                f"chat: the conversation has {len(prompt):,} tokens and the model {self.limits.trained:,} "
+                "positions: /reset begins anew"
+            )
 
     def run(self, lines: Iterable[str]) -> None:
         """Answers line after line until they end or say `/quit`; empty lines are passed over."""

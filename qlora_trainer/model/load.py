@@ -31,7 +31,7 @@ from qlora_trainer.model.cache import KeptBase
 from qlora_trainer.model.files import KEY, strays
 from qlora_trainer.model.shards import stored_tensors
 from qlora_trainer.model.skeleton import first_line, read_configuration, stored_method
-from qlora_trainer.model.source import resolve, weight_files
+from qlora_trainer.model.source import read_config, resolve, weight_files
 from qlora_trainer.system.terminal import to_stderr
 from qlora_trainer.track.quiet import quiet_gptqmodel
 
@@ -94,19 +94,37 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer.
+def load_tokenizer(
+    name_or_path: str, revision: str | None = None, say: Callable[[str], None] = to_stderr
+) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer, padding with a token that the model has a row for.
+
+    Args:
+        say: takes a line of what the user may want to know.
 
     Raises:
         MissingInputError: the folder or hub model carries none that transformers can read.
     """
     source = resolve(name_or_path, revision)
     try:
-        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source, revision=revision, trust_remote_code=False
+        )
     except Exception as error:  # what `tokenizers` raises for a broken file is of no narrower class
         raise MissingInputError(
             f"{KEY}: no tokenizer can be read from {source}: {first_line(error)}"
         ) from error
+    config = read_config(name_or_path, revision)
+    rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if rows and pad is not None and pad >= rows:
+        other = tokenizer.convert_ids_to_tokens(0 if eos is None or eos >= rows else eos)
+        say(
+            f"{source}: {other} pads in place of {tokenizer.pad_token} (id {pad}), "
+            f"for which the embedding of {rows:,} rows has none"
+        )
+        tokenizer.pad_token = other
+    return tokenizer
 
 
 def load_base(
