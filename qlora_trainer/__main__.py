@@ -90,7 +90,7 @@ def _run(line: Line) -> int:
     if line.multirun:
         return _sweep(line)
 
-    from qlora_trainer.config import load, preflight
+    from qlora_trainer.config import effect, load, preflight
     from qlora_trainer.train.signals import leaving_at_once
 
     if line.command == "train" and not line.keys:
@@ -99,6 +99,8 @@ def _run(line: Line) -> int:
     with leaving_at_once() if line.command == "train" else nullcontext():
         config = load.load(line.keys, line.command, say=_note)
         preflight.check(config, line.command)
+        if (idle := effect.without_effect(config, line.command)) and _rank() == 0:
+            print(f"set without effect: {', '.join(idle)}", file=sys.stderr, flush=True)
         quiet_libraries()
         importlib.import_module(f"qlora_trainer.commands.{line.command}").run(config)
     return 0

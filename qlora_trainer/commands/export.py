@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
@@ -12,8 +11,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from qlora_trainer.checkpoint.disk import lock, require_place
 from qlora_trainer.commands import report, wiring
 from qlora_trainer.commands.verify import exports_folder, subject, verify_exports
+from qlora_trainer.config.frozen import as_dict
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.config.watch import as_dict
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.export import calibration, hub
 from qlora_trainer.export.base import Held
@@ -36,28 +35,24 @@ def run(config: RunConfig) -> None:
     source = source_of(config)
     if wanted.push_to_hub is not None:
         hub.check(wanted.push_to_hub)
-    with ExitStack() as stack:
-        stack.enter_context(lock(root))  # also clears what an interrupted export left
-        bars = stack.enter_context(
-            Progress(TextColumn("{task.description:>8}"), BarColumn(), TimeElapsedColumn(), console=console)
-        )
+    bars = Progress(TextColumn("{task.description:>8}"), BarColumn(), TimeElapsedColumn(), console=console)
+    tasks: dict[str, TaskID] = {}
 
-        tasks: dict[str, TaskID] = {}
+    def progress(kind: str) -> Callable[[int, int], None]:
+        tasks[kind] = bars.add_task(kind, total=None)
+        return lambda done, total: bars.update(tasks[kind], completed=done, total=total)
 
-        def progress(kind: str) -> Callable[[int, int], None]:
-            tasks[kind] = bars.add_task(kind, total=None)
-            return lambda done, total: bars.update(tasks[kind], completed=done, total=total)
+    def export(kind: str) -> Path:
+        folder = exporter.export(kind)
+        if kind in tasks:  # not all report their progress; a finished bar's clock stands still
+            bars.update(tasks[kind], completed=1, total=1)
+        return folder
 
-        def export(kind: str) -> Path:
-            folder = exporter.export(kind)
-            if kind in tasks:  # not all report their progress; a finished bar's clock stands still
-                bars.update(tasks[kind], completed=1, total=1)
-            return folder
-
-        dtype = None if wanted.dtype == "auto" else DTYPES[wanted.dtype]
-        options = wiring.taken(ExportOptions, wanted, dtype=dtype)
-        exporter = Exporter(source, options, root, device, _calibration(config, source), progress)
-        exporter.check(wanted.format)
+    dtype = None if wanted.dtype == "auto" else DTYPES[wanted.dtype]
+    options = wiring.taken(ExportOptions, wanted, dtype=dtype)
+    exporter = Exporter(source, options, root, device, _calibration(config, source), progress)
+    exporter.check(wanted.format)  # before the lock, which makes a file
+    with lock(root), bars:  # the lock also clears what an interrupted export left
         folders = {kind: export(kind) for kind in wanted.format}
     for kind, folder in folders.items():
         console.print(f"{kind:>8}  {folder}")

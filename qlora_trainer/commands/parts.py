@@ -20,10 +20,12 @@ from rich.console import RenderableType
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from qlora_trainer.checkpoint.disk import atomic_write
 from qlora_trainer.checkpoint.format import ADAPTER, Checkpoint
 from qlora_trainer.commands import wiring
 from qlora_trainer.commands.fit import check_fit
 from qlora_trainer.commands.plan import facts_of, plan_of
+from qlora_trainer.config import claim
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data import TokenizedData, overlap
 from qlora_trainer.data.screen import NOTES, REASONS
@@ -47,18 +49,33 @@ from qlora_trainer.train.loop import Progress
 from qlora_trainer.train.signals import Status, StopSignals
 from qlora_trainer.train.state import versions
 
+PLAN_FILE = "plan.json"
 MEDIAN_OF = 5  # steps, for a speed that compiling and planning have not bent
 
 
 @dataclass
 class Run:
-    """What the stages of one training run share."""
+    """What the stages of one training run share.
+
+    Attributes:
+        asked: config.yaml as the user asked for it; `config` becomes what was settled of it.
+        accepted: nothing can refuse this start any more (or the folder held no run): it may be written to.
+    """
 
     config: RunConfig
     folder: Path
     ranks: Ranks
     signals: StopSignals
     status: Status
+    asked: bytes
+    accepted: bool = False
+
+    def accept(self) -> None:
+        """Takes the folder over from an earlier start; until then every byte of it stays as it was."""
+        if not self.accepted and self.ranks.main:
+            atomic_write(self.folder / claim.CONFIG_FILE, self.asked)
+            self.status.write_to(self.folder / "status.json")
+        self.accepted = True
 
     def say(self, text: RenderableType, style: str | None = None) -> None:
         """Prints on one rank; in `style`, for the text itself carries no markup."""
@@ -98,6 +115,8 @@ def load_model(run: Run, base: BaseOptions, plan: RunPlan, begun: Checkpoint | N
 def plan_run(run: Run, data: TokenizedData, begun: Checkpoint | None) -> RunPlan:
     """Says what the run will need before any weight loads; the same micro-batch on every rank.
 
+    The caller writes plan.json when the start is accepted.
+
     `begun`: the checkpoint that the run goes on from. Under `train.per_device_train_batch_size=auto` its
     micro-batch stays, because with another the numbers would differ.
 
@@ -112,7 +131,8 @@ def plan_run(run: Run, data: TokenizedData, begun: Checkpoint | None) -> RunPlan
         plan = plan_of(run.config, facts, ranks.world_size, smallest)
     if run.ranks.main:
         screen.show(plan, console)
-        screen.write(plan, run.folder / "plan.json")
+        if run.accepted:
+            screen.write(plan, run.folder / PLAN_FILE)
     check(plan)
     return plan
 
@@ -140,12 +160,10 @@ def make_forward(run: Run, model: PeftModel, plan: RunPlan) -> FusedForward | Re
     return forward
 
 
-def identity_of(run: Run, base: BaseOptions, data: TokenizedData) -> dict[str, Any]:
-    source = resolve(base.name_or_path, base.revision)
-    now = wiring.identity(
-        run.config, base, base_fingerprint(source, base.revision), data.fingerprint, run.ranks.world_size
-    )
-    return redact.tree(now)  # as a checkpoint has it
+def base_print(base: BaseOptions) -> dict[str, str]:
+    """The field of the identity that stands for the base's weights; empty while they are not here."""
+    found = base_fingerprint(resolve(base.name_or_path, base.revision), base.revision)
+    return {"model.base": found} if found else {}
 
 
 def describe_data(data: TokenizedData, held_out: list[TokenizedData]) -> str:
@@ -237,12 +255,12 @@ def describe_training(run: Run, progress: Progress, first: int, seconds: float, 
     if run.ranks.main:
         measured = memory_used(run.ranks.device) | speed_of(run.folder / "metrics.jsonl", first)
         lines += [Text(line, "yellow" * ("off by" in line)) for line in compare(plan, measured)]
-        screen.write(plan, run.folder / "plan.json", {"seconds_per_step": seconds / steps, **measured})
+        screen.write(plan, run.folder / PLAN_FILE, {"seconds_per_step": seconds / steps, **measured})
     return Text("\n").join(lines)
 
 
 def speed_of(metrics: Path, first: int) -> dict[str, float]:
     """Tokens a second of the median step after `first`, where enough have been to have a median."""
-    records = [record for record in jsonl.read(metrics) if record["step"] > first]
-    speeds = [record["tokens_per_second"] for record in records if record.get("tokens_per_second")]
+    found = (record.get("tokens_per_second") for record in jsonl.read(metrics) if record["step"] > first)
+    speeds = [speed for speed in found if isinstance(speed, int | float) and speed > 0]
     return {"tokens_per_second": statistics.median(speeds)} if len(speeds) >= MEDIAN_OF else {}

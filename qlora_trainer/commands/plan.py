@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qlora_trainer.config.frozen import with_values
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.config.watch import with_values
 from qlora_trainer.errors import CheckpointError, MissingInputError
 from qlora_trainer.plan import architecture, hardware, screen, settings, shapes
 from qlora_trainer.plan.changes import cheapest

@@ -8,8 +8,8 @@ from typing import Any
 
 from qlora_trainer.config import recipes
 from qlora_trainer.config.claim import CONFIG_FILE
+from qlora_trainer.config.frozen import as_dict
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.config.watch import as_dict
 from qlora_trainer.errors import MissingInputError, QLoRAError
 from qlora_trainer.system.terminal import console
 from qlora_trainer.track.report import FILE, STRANGE, write_report

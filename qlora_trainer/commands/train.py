@@ -15,27 +15,27 @@ from torch import Tensor
 from transformers import set_seed
 
 from qlora_trainer.checkpoint import disk, publish, resume
-from qlora_trainer.checkpoint.format import Checkpoint
 from qlora_trainer.commands import comparison, report, wiring
+from qlora_trainer.commands.accept import accept, check, learning_rate
 from qlora_trainer.commands.parts import (
     Run,
+    base_print,
     concerns,
     describe_data,
     describe_training,
     facts_of_data,
     facts_of_start,
-    identity_of,
     load_model,
     make_forward,
     memory_used,
     plan_run,
 )
 from qlora_trainer.commands.plan import remedies, settled
-from qlora_trainer.config.claim import claim_output_dir
+from qlora_trainer.config import claim
+from qlora_trainer.config.frozen import as_dict
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.config.watch import as_dict, unread_keys
 from qlora_trainer.data import Batch, Loader
-from qlora_trainer.errors import ConfigError, PreemptedError, explained
+from qlora_trainer.errors import PreemptedError, explained
 from qlora_trainer.evaluate.perplexity import LossSum, evaluating, measure_loss
 from qlora_trainer.export.adapter import TrainedOn, export_adapter
 from qlora_trainer.inference.stop import stop_ids
@@ -44,13 +44,13 @@ from qlora_trainer.model.fuse import GraphedMicroStep
 from qlora_trainer.model.fused.decoder import FusedForward
 from qlora_trainer.model.load import load_tokenizer, pick_device
 from qlora_trainer.objectives.sft import sft
-from qlora_trainer.optim import make_optimizer, schedule
+from qlora_trainer.optim import make_optimizer
 from qlora_trainer.plan.plan import RunPlan
 from qlora_trainer.system import redact
 from qlora_trainer.system.terminal import console
 from qlora_trainer.track import Tracker
 from qlora_trainer.track.console import ConsoleTracker
-from qlora_trainer.track.jsonl import JsonlTracker
+from qlora_trainer.track.jsonl import BAD, JsonlTracker
 from qlora_trainer.track.report import FILE as REPORT
 from qlora_trainer.track.wandb import WandbTracker
 from qlora_trainer.train.distributed import Ranks
@@ -58,13 +58,16 @@ from qlora_trainer.train.health import MemoryGuard
 from qlora_trainer.train.loop import LoopOptions, MicroStep, Progress, count_steps, train
 from qlora_trainer.train.rehearsal import rehearse, widest
 from qlora_trainer.train.signals import Status, StopSignals, follow_launcher
-from qlora_trainer.train.state import RunState, changed_surroundings
+from qlora_trainer.train.state import RunState
 
 EVALUATED_AT_ONCE = 8  # batches between two looks at whether the run has to stop
 
 
 def run(config: RunConfig) -> None:
-    """Trains to the end, or resumes what an earlier call began; prints what was learned and what is next."""
+    """Trains to the end, or resumes what an earlier call began; prints what was learned and what is next.
+
+    A start that is refused leaves the run that is in the folder as it was.
+    """
     follow_launcher()
     assert config.output_dir is not None, "checked with the configuration"
     folder = Path(config.output_dir)
@@ -74,14 +77,16 @@ def run(config: RunConfig) -> None:
         signals = cleanup.enter_context(StopSignals(status))
         ranks = Ranks(pick_device(config.model.device))
         cleanup.callback(ranks.close)
+        run = Run(config, folder, ranks, signals, status, claim.configuration(config))
         if ranks.main:
-            claim_output_dir(config)
             cleanup.enter_context(disk.lock(folder))
+            claim.refuse(config)  # again: the folder may have changed before it was locked
             status.note(**facts_of_start(ranks))
-            status.write_to(folder / "status.json")
+            if not claim.holds_a_run(folder):
+                run.accept()
         ranks.wait()
         try:
-            _train(Run(config, folder, ranks, signals, status))
+            _train(run)
             code, message = 0, ""
         except Exception as error:
             code, message = explained(error).exit_code, str(explained(error))
@@ -91,7 +96,7 @@ def run(config: RunConfig) -> None:
             status.finish(code, message)
             if status.unwritten is not None:
                 console.print(f"status.json is not of the end: {status.unwritten}", style="yellow")
-            if ranks.main:
+            if ranks.main and run.accepted:
                 report.refresh(folder)
             if code == PreemptedError.exit_code:
                 ranks.wait()  # a launcher ends all as soon as one is gone, rank 0 with its last word unsaid
@@ -104,6 +109,11 @@ def _train(run: Run) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when first used
     torch.use_deterministic_algorithms(config.train.deterministic)
 
+    begun = resume.find(
+        run.folder,
+        config.checkpoint.resume_from_checkpoint,
+        warn=lambda text: run.say(text, "yellow"),
+    )
     with signals.phase("tokenizing", interruptible=True):
         tokenizer = load_tokenizer(base.name_or_path, base.revision)
         data = wiring.load_data(config, tokenizer)
@@ -113,17 +123,16 @@ def _train(run: Run) -> None:
         for line in concerns(config, tokenizer, data, held_out):
             run.say(f"         {line}", "yellow")
         run.status.note(data=facts_of_data(data, held_out))
-        begun = resume.find(
-            run.folder,
-            config.checkpoint.resume_from_checkpoint,
-            warn=lambda text: run.say(text, "yellow"),
-        )
     plan = plan_run(run, data, begun)
     config = run.config = settled(config, plan)
     loader = wiring.train_loader(config, tokenizer, data, ranks)
     total = config.train.max_steps
     if total <= 0:
         total = count_steps(loader, config.train.num_train_epochs)
+
+    identity = wiring.identity(config, base, data, steps=total, ranks=ranks)
+    if begun is not None:
+        check(run, begun, identity | base_print(base), total)  # before anything is loaded
 
     with signals.phase("loading", interruptible=True):
         model = load_model(run, base, plan, begun)
@@ -136,9 +145,11 @@ def _train(run: Run) -> None:
             weight_decay=config.optim.weight_decay,
             resident_bytes=plan.optimizer_resident,
         )
-        state = RunState(model, optimizer, Progress(), identity_of(run, base, data), ranks)
+        fast = isinstance(forward, FusedForward)
+        identity |= {"model.kernels": "fast" if fast else "reference", **base_print(base)}
+        state = RunState(model, optimizer, Progress(), identity, ranks)
         set_seed(config.seed + ranks.rank)  # dropout differs between ranks, adapters do not
-        _resume(run, state, total, begun)
+        accept(run, state, plan, begun, total)
         batches = [
             batch for part in held_out for batch in wiring.held_out_batches(config, tokenizer, part, ranks)
         ]
@@ -174,30 +185,7 @@ def _train(run: Run) -> None:
             measured=measured,
             title=run.folder.resolve().name,
         )
-    if unread := unread_keys(config):
-        run.say(f"set, but nothing read it: {', '.join(unread)}", "yellow")
     run.say(_what_next(run.folder, base.name_or_path))
-
-
-def _resume(run: Run, state: RunState, total: int, checkpoint: Checkpoint | None) -> None:
-    """Goes on from `checkpoint`, if there is one."""
-    if checkpoint is not None:
-        allowed = run.config.checkpoint.allow_change
-        resume.check_same_run(checkpoint.state["identity"], state.identity, allowed)
-        state.restore(checkpoint)
-        run.say(f"resume   {checkpoint.folder}, step {checkpoint.step} of {total}")
-        if changed := changed_surroundings(checkpoint):
-            run.say(f"         the last bits of the numbers may differ: {', '.join(changed)}", "yellow")
-    if state.progress.step > total:
-        raise ConfigError(
-            f"{run.folder} has been trained for {state.progress.step} steps and {total} are asked for: raise "
-            "train.max_steps, choose another output_dir, or set checkpoint.resume_from_checkpoint=never"
-        )
-    run.ranks.wait()
-    if run.ranks.main:
-        aside = resume.set_aside(run.folder, checkpoint.step if checkpoint is not None else None)
-        if aside is not None:
-            run.say(f"earlier checkpoints are kept in {aside}", "yellow")
 
 
 def _loop(
@@ -230,8 +218,6 @@ def _loop(
         planned=plan.peak.total,
         remedies=lambda: remedies(config, world_size=ranks.world_size),
     )
-    if ranks.main:
-        _require_space(run, state, total)
 
     def log(record: dict[str, Any]) -> None:
         run.status.tick(step=record["step"], total_steps=total)
@@ -286,13 +272,7 @@ def _loop(
                 micro_step.scale,
                 state.optimizer,
                 loader,
-                partial(
-                    schedule.learning_rate,
-                    config.train.lr_scheduler_type,
-                    peak=config.train.learning_rate,
-                    warmup=schedule.warmup_steps(config.train.warmup_ratio, total),
-                    total=total,
-                ),
+                learning_rate(config, total),
                 LoopOptions(
                     total_steps=total,
                     max_grad_norm=config.train.max_grad_norm,
@@ -313,20 +293,12 @@ def _loop(
             tracker.close()
 
 
-def _require_space(run: Run, state: RunState, total: int) -> None:
-    """Ends the run before its first step if the disk will not hold its checkpoints and its adapter."""
-    options = run.config.checkpoint
-    left = total - state.progress.step
-    saves = 1 + (left // options.save_steps if options.save_steps else 0)
-    checkpoint, adapter = state.sizes()
-    needed = adapter + publish.space_needed(
-        run.folder / resume.CHECKPOINTS, checkpoint, saves, options.save_total_limit, options.keep_best
-    )
-    disk.require_space(run.folder, needed, f"{run.folder}, with its checkpoints,")
-
-
 def _trackers(run: Run, total: int, step: int) -> list[Tracker]:
-    trackers: list[Tracker] = [JsonlTracker(run.folder / "metrics.jsonl", step), ConsoleTracker(total, step)]
+    metrics = JsonlTracker(run.folder / "metrics.jsonl", step)
+    if metrics.bad:
+        lines = "1 line is no record" if metrics.bad == 1 else f"{metrics.bad:,} lines are no records"
+        run.say(f"metrics.jsonl: {lines} and kept in {metrics.path.name}{BAD}", "yellow")
+    trackers: list[Tracker] = [metrics, ConsoleTracker(total, step)]
     track = run.config.track
     if "wandb" in track.report_to:
         run_id = hashlib.sha256(str(run.folder.resolve()).encode()).hexdigest()[:12]

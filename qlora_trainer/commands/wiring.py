@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any, TypeVar
@@ -9,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from qlora_trainer.config.frozen import as_dict, flat
+from qlora_trainer.config.identity import identity as written_identity
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data import Batch, DataOptions, Loader, TokenizedData, load_tokenized
 from qlora_trainer.errors import MissingInputError
@@ -17,10 +21,13 @@ from qlora_trainer.inference.stop import pad_id, stop_ids
 from qlora_trainer.model.limits import Limits, limits_in
 from qlora_trainer.model.load import DTYPES, BaseOptions, pick_dtype
 from qlora_trainer.model.lora import LoraOptions
-from qlora_trainer.model.source import resolve
+from qlora_trainer.model.source import read_config, resolve
+from qlora_trainer.system import redact
 from qlora_trainer.train.distributed import Ranks
 
 _Options = TypeVar("_Options")
+
+WHEN_LOADED = ("model.base", "model.kernels")  # fields of the identity: weights, and which path makes steps
 
 
 def base_options(config: RunConfig, device: torch.device) -> BaseOptions:
@@ -55,54 +62,30 @@ def lora_options(config: RunConfig) -> LoraOptions:
 
 
 def identity(
-    config: RunConfig, base: BaseOptions, base_print: str, data_print: str, world_size: int
+    config: RunConfig, base: BaseOptions, data: TokenizedData, *, steps: int, ranks: Ranks
 ) -> dict[str, Any]:
     """What must be the same for a checkpoint to be this run's: flat field -> plain value.
 
-    Length of the run, saving, evaluating and tracking may change between two starts; anything that
-    a step's arithmetic depends on may not.
+    The keys are those that the schema says a step depends on, with what was left to the machine as it has
+    been settled; names of models and data are their contents. What is known for certain only when the model
+    has been loaded (`WHEN_LOADED`) is missing.
+
+    Args:
+        steps: of the whole run, however they were given.
     """
-    train, lora, optim = config.train, config.lora, config.optim
-    return {
-        "seed": config.seed,
-        "world_size": world_size,
-        "model.base": base_print,
+    order = hashlib.sha256(data.fingerprint.encode() + data.repeats.tobytes())
+    base_config = json.dumps(read_config(base.name_or_path, base.revision), sort_keys=True)
+    found = written_identity(dict(flat(as_dict(config)))) | {
+        "world_size": ranks.world_size,
+        "data": order.hexdigest(),
+        "model.config": hashlib.sha256(base_config.encode()).hexdigest(),
+        "model.device": ranks.device.type,
         "model.dtype": str(base.dtype).removeprefix("torch."),
-        "quantization.method": base.method,
-        "quantization.bnb_4bit_use_double_quant": base.double_quant,
+        "train.max_steps": steps,
         "quantization.bnb_4bit_compute_dtype": str(base.compute_dtype).removeprefix("torch."),
-        "lora.r": lora.r,
-        "lora.lora_alpha": lora.lora_alpha,
-        "lora.lora_dropout": lora.lora_dropout,
-        "lora.target_modules": _plain(lora.target_modules),
-        "lora.modules_to_save": _plain(lora.modules_to_save),
-        "lora.use_rslora": lora.use_rslora,
-        "lora.use_dora": lora.use_dora,
-        "lora.dtype": lora.dtype,
-        "data": data_print,
-        "data.template": config.data.template,
-        "data.train_on_inputs": config.data.train_on_inputs,
-        "model.revision": config.model.revision,
-        "train.per_device_train_batch_size": train.per_device_train_batch_size,
-        "train.gradient_accumulation_steps": train.gradient_accumulation_steps,
-        "train.max_length": train.max_length,
-        "train.base_gemm": train.base_gemm,
-        "train.packing": train.packing,
-        "train.group_by_length": train.group_by_length,
-        "train.learning_rate": train.learning_rate,
-        "train.lr_scheduler_type": train.lr_scheduler_type,
-        "train.warmup_ratio": train.warmup_ratio,
-        "train.max_grad_norm": train.max_grad_norm,
-        "optim.name": optim.name,
-        "optim.adam_beta1": optim.adam_beta1,
-        "optim.adam_beta2": optim.adam_beta2,
-        "optim.adam_epsilon": optim.adam_epsilon,
-        "optim.weight_decay": optim.weight_decay,
     }
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, list | tuple) else value
+    known = {field: value for field, value in found.items() if field not in WHEN_LOADED}
+    return redact.tree(known)  # as a checkpoint has it
 
 
 def data_options(config: RunConfig) -> DataOptions:

@@ -15,8 +15,8 @@ from math import inf, isfinite
 from typing import Any
 
 from qlora_trainer import optim
+from qlora_trainer.config.frozen import as_dict, flat
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.config.watch import as_dict
 from qlora_trainer.data.options import DataOptions
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.optim import schedule
@@ -108,8 +108,8 @@ BETAS = ("optim.adam_beta1", "optim.adam_beta2")
 
 def values(config: RunConfig, command: str = "train") -> list[str]:
     """Wrong values, values out of range, and keys that contradict each other."""
-    flat = dict(_flatten(as_dict(config)))
-    return [*_choices(flat), *_ranges(flat), *_conflicts(config, command), *_packages(config, command)]
+    found = dict(flat(as_dict(config)))
+    return [*_choices(found), *_ranges(found), *_conflicts(config, command), *_packages(config, command)]
 
 
 def missing(config: RunConfig, command: str) -> list[str]:
@@ -283,11 +283,3 @@ def _not_one_of(key: str, value: Any, allowed: tuple[str, ...]) -> str:
 
 def _names(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(name, str) and name for name in value)
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict) and f"{prefix}{name}" not in ("data.columns", "data.path"):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

@@ -1,79 +1,70 @@
-"""A run's folder belongs to one configuration: claimed at the start, refused to any other.
+"""A run's folder belongs to one configuration: looked at first, written to only when nothing refuses it.
 
-In: a `RunConfig`. Out: the folder, made and writable, with the run's `config.yaml` in it. Which settings may
-change between a start and its resumption is for `checkpoint/` to judge; here only what makes it another run:
-another recipe, model or data set.
+In: a `RunConfig`. Out: nothing, or the reason why `output_dir` cannot be this run's; and `config.yaml`, once
+the start is accepted. What only the files' contents can tell (the same data, the same base) is for
+`checkpoint/` to compare; here the settings as they are written.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+import yaml
 
+from qlora_trainer.checkpoint import same
+from qlora_trainer.config.facts import CONTENT, SAME
+from qlora_trainer.config.frozen import as_dict, flat
+from qlora_trainer.config.identity import DEFAULTS, identity
 from qlora_trainer.config.load import to_yaml
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.config.watch import as_dict
-from qlora_trainer.errors import CheckpointError, ConfigError
-from qlora_trainer.system.redact import Redactor
+from qlora_trainer.errors import CheckpointError, ConfigError, MissingInputError
+from qlora_trainer.system import redact
 
-IDENTITY = (
-    "recipe",
-    "model.model_name_or_path",
-    "model.revision",
-    "data.path",
-    "data.name",
-    "data.split",
-    "data.revision",
-)
 CONFIG_FILE = "config.yaml"
 WRITTEN_BEFORE = {"plan.json", "inspect.html", "bench.json"}  # by commands that look first
-WORTH_KEEPING = ("checkpoints", "metrics.jsonl", "adapter", "exports")
+PRODUCTS = ("metrics.jsonl", "adapter", "exports", "evaluation.json", "lm_eval.json")
+WORTH_KEEPING = ("checkpoints", *PRODUCTS)
+AUTO = "auto"
+SMALLEST_RUN = 64 << 20  # bytes
 
 
-def claim_output_dir(config: RunConfig, required_bytes: int = 64 * 2**20) -> Path:
-    """Make `output_dir` this run's own and write `config.yaml` into it; returns the folder.
+def refuse(config: RunConfig) -> None:
+    """Looks whether a training run of `config` may begin or go on in its `output_dir`; writes nothing.
 
-    `required_bytes` is what the run will write there (the plan knows). One process calls it (rank 0).
-
-    Raises `ConfigError` if the folder holds a run of another recipe, model or data set, or files that are no
-    run's; `CheckpointError` if it cannot be written to or the disk is too small.
+    Raises:
+        ConfigError: the folder holds a run of other settings, or files that are no run's.
+        CheckpointError: it cannot be made or written to, or the disk is full.
+        MissingInputError: the checkpoint that is named is not there.
     """
     assert config.output_dir, "checks.missing lets no training run pass without an output_dir"
     folder = Path(config.output_dir)
-    refuse_foreign(config)
-    made = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-        if free < required_bytes:
-            if made:
-                folder.rmdir()
-            raise CheckpointError(
-                f"output_dir: {folder} has {free / 2**30:.1f} GiB free and the run needs "
-                f"{required_bytes / 2**30:.1f} GiB; make room or set output_dir=/another/disk"
-            )
-        _write(folder / CONFIG_FILE, to_yaml(config))
-    except OSError as error:
-        raise CheckpointError(
-            f"output_dir: {folder} {_reason(error)}; set output_dir=/a/writable/folder"
-        ) from error
-    return folder
+    _refuse_place(folder)
+    mode = config.checkpoint.resume_from_checkpoint
+    if mode not in ("auto", "never") and not Path(mode).exists():
+        raise MissingInputError(
+            f"checkpoint.resume_from_checkpoint={mode}: there is no such folder; "
+            "name a checkpoint folder, or auto, or never"
+        )
+    if not (folder / CONFIG_FILE).is_file():
+        _refuse_strangers(folder)
+    elif holds_a_run(folder) and mode != "never":
+        _refuse_another(folder, config)
 
 
-def refuse_foreign(config: RunConfig) -> None:
-    """The part of the claim that only looks, without torch and before anything is made.
+def holds_a_run(folder: Path) -> bool:
+    """Whether an earlier start left anything there: one that failed before its first step has not."""
+    return any((folder / name).exists() for name in WORTH_KEEPING)
 
-    Raises `ConfigError` if `output_dir` is not this run's, `CheckpointError` if it cannot be made there.
-    """
-    folder = Path(config.output_dir or "")
-    remedy = f"set output_dir to another folder, or remove {folder}"
+
+def configuration(config: RunConfig) -> bytes:
+    """What `config.yaml` says of a run, without secrets."""
+    return to_yaml(config).encode()
+
+
+def _refuse_place(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir: {folder} is a file; name a folder")
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -82,50 +73,61 @@ def refuse_foreign(config: RunConfig) -> None:
         raise CheckpointError(
             f"output_dir: {folder} cannot be made, {there} {reason}; set output_dir=/elsewhere"
         )
+    free = shutil.disk_usage(there).free
+    if free < SMALLEST_RUN:
+        raise CheckpointError(
+            f"output_dir: the disk of {folder} has {free >> 20} MiB free and a run needs "
+            f"{SMALLEST_RUN >> 20} MiB at least; set output_dir=/another/disk, or make room"
+        )
+
+
+def _refuse_strangers(folder: Path) -> None:
+    entries = folder.iterdir() if folder.is_dir() else ()
+    names = {entry.name for entry in entries if not entry.name.startswith(".")}
+    if strangers := sorted(names - WRITTEN_BEFORE):
+        raise ConfigError(
+            f"output_dir: {folder} holds {strangers[0]} and no {CONFIG_FILE}, so it is no run's; "
+            f"set output_dir to another folder, or remove {folder}"
+        )
+
+
+def _refuse_another(folder: Path, config: RunConfig) -> None:
+    """By what is written down; what a side leaves to the machine (`auto`) is compared when it is settled."""
+    # Names of models and data stand for content, and a checkpoint knows what the content was.
+    kinds = (SAME,) if any((folder / "checkpoints").glob("step-*")) else (SAME, CONTENT)
+    before = identity(_read(folder), *kinds)
+    now = identity(_plain(as_dict(config)), *kinds)
+    open_ = {key for key in now if AUTO in (before[key], now[key])}
+    found = same.changed(_without(before, open_), _without(now, open_), config.checkpoint.allow_change)
+    if found:
+        raise ConfigError(
+            f"output_dir: {folder} belongs to another configuration: {'; '.join(found)}: {same.REMEDY}"
+        )
+
+
+def _without(values: dict[str, Any], keys: set[str]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in keys}
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """The configuration of an earlier start; what it does not say is at its default."""
     file = folder / CONFIG_FILE
-    if not file.is_file():
-        entries = folder.iterdir() if folder.is_dir() else ()
-        names = {entry.name for entry in entries if not entry.name.startswith(".")}
-        strangers = sorted(names - WRITTEN_BEFORE)
-        if strangers:
-            raise ConfigError(
-                f"output_dir: {folder} holds {strangers[0]} and no {CONFIG_FILE}, so it is no run's; {remedy}"
-            )
-        return
-    if not any((folder / name).exists() for name in WORTH_KEEPING):
-        return  # a start that failed before its first step has nothing to protect
     try:
-        previous = OmegaConf.load(file)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"output_dir: {file} is not readable as a configuration; {remedy}") from error
-    mine = OmegaConf.create(as_dict(config))
-    redactor = Redactor()  # what is on the disk has no secrets in it
-    for key in IDENTITY:
-        before, now = (redactor.tree(_plain(OmegaConf.select(side, key))) for side in (previous, mine))
-        if before != now:
-            raise ConfigError(
-                f"output_dir: {folder} belongs to another configuration ({key} was {before}, is {now}); "
-                f"{remedy}"
-            )
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(_unreadable(file)) from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError(_unreadable(file))
+    return DEFAULTS | dict(flat(content))
 
 
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+def _unreadable(file: Path) -> str:
+    return (
+        f"output_dir: {file} is not readable as a configuration; restore it, "
+        "or set output_dir to another folder"
+    )
 
 
-def _write(file: Path, text: str) -> None:
-    """Whole or not at all: a run killed here leaves the old file or the new one."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    with draft.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    draft.replace(file)
-
-
-def _reason(error: OSError) -> str:
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "cannot be written to (no permission)"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "is on a full disk"
-    return f"cannot be made ({error.strerror})"
+def _plain(tree: dict[str, Any]) -> dict[str, Any]:
+    """Flat, and without secrets, as what is on the disk."""
+    return dict(flat(redact.tree(tree)))

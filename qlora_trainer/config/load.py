@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qlora_trainer.config import checks, heirs, keys, recipes
+from qlora_trainer.config.frozen import as_dict, freeze
 from qlora_trainer.config.recipes import Recipe
-from qlora_trainer.config.schema import ExportConfig, RunConfig
-from qlora_trainer.config.watch import as_dict, watch
+from qlora_trainer.config.schema import FACTS, ExportConfig, RunConfig
 from qlora_trainer.errors import ConfigError, MissingInputError
 from qlora_trainer.system import redact
 
@@ -38,8 +38,8 @@ def load(
     """Compose and check the configuration that `arguments` (`key=value`, `recipe=NAME`) ask for.
 
     `run=FOLDER` takes the place of a recipe: the finished run's `config.yaml`. The result is frozen and
-    notes which of its keys are read (`watch.unread_keys`). `say` takes what the recipe has and whoever names
-    other data does not inherit.
+    knows which of its keys were set, and where. `say` takes what the recipe has and whoever names other data
+    does not inherit.
 
     Raises `ConfigError` with every problem found, `MissingInputError` for a recipe or run that is not there.
     """
@@ -76,14 +76,14 @@ def load(
         problems += checks.missing(config, command)
     if problems:
         raise_all(problems)
-    given = {o.key_or_group for o in overrides}
-    if run is None:  # a run's config.yaml holds every key there is
-        given.update(key for layer in layers for key in layer)
-    return watch(config, {keys.owner(key) or key for key in given})
+    given = {str(keys.owner(o.key_or_group)) for o in overrides}
+    # A run's config.yaml holds every key there is: it says nothing of who set them.
+    inherited = {str(keys.owner(key)) for layer in layers[:-1] for key in layer} if run is None else ()
+    return freeze(config, given, inherited)
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The whole configuration as YAML without secrets; a run's `config.yaml`. Does not count as reading."""
+    """The whole configuration as YAML without secrets; a run folder's `config.yaml`."""
     return OmegaConf.to_yaml(OmegaConf.create(redact.tree(as_dict(config))))
 
 
@@ -248,21 +248,17 @@ def _nest(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fill_in(config: RunConfig) -> None:
-    """What follows from other keys: the output folder, and `~` in paths."""
+    """What follows from other keys and from where the command is started: the output folder, and paths."""
     if config.run is not None:
         config.output_dir = config.run
     if config.output_dir is None and config.recipe is not None:
         config.output_dir = f"outputs/{config.recipe}"
-    for section, name in _paths(config):
-        value = getattr(section, name)
-        if isinstance(value, str) and value.startswith("~"):
-            setattr(section, name, os.path.expanduser(value))
-
-
-def _paths(config: RunConfig) -> Iterator[tuple[Any, str]]:
-    yield config, "output_dir"
-    yield config, "run"
-    yield config.model, "model_name_or_path"
-    yield config.data, "path"
-    yield config.data, "eval_path"
-    yield config.data, "cache_dir"
+    for name in ("output_dir", "run"):
+        if (value := getattr(config, name)) is not None:
+            setattr(config, name, os.path.expanduser(value))
+    for key, facts in FACTS.items():
+        if facts.place is not None:
+            section, _, name = key.partition(".")
+            setattr(
+                getattr(config, section), name, facts.place.located(getattr(getattr(config, section), name))
+            )

@@ -16,10 +16,9 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from qlora_trainer.checkpoint.disk import require_place
-from qlora_trainer.config import checks
-from qlora_trainer.config.claim import refuse_foreign
+from qlora_trainer.config import checks, claim
+from qlora_trainer.config.frozen import as_dict
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.config.watch import as_dict, plain
 from qlora_trainer.data.options import DataOptions
 from qlora_trainer.data.rows import supported
 from qlora_trainer.data.scan import check_rows
@@ -28,15 +27,14 @@ from qlora_trainer.model import source
 
 
 def check(config: RunConfig, command: str) -> None:
-    """Raises one of our errors if `command` could not even begin here, or could not end."""
-    config = plain(config)
+    """Raises the `QLoRAError` that says why `command` could not even begin here, or end; writes nothing."""
     if config.model.device == "cuda" and cuda_devices() == 0:
         raise ConfigError(
             "model.device: cuda is asked for and this machine shows no CUDA device; leave model.device out "
             "to use what is there, or see to the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES"
         )
     if command == "train":
-        refuse_foreign(config)
+        claim.refuse(config)
         for product in ("checkpoints", "adapter"):  # what the run will publish there
             require_place(Path(config.output_dir or "") / product)
     if command in checks.NEEDS_DATA:

@@ -2,7 +2,7 @@
 
 The formulas are those of transformers' `get_constant_schedule_with_warmup`,
 `get_linear_schedule_with_warmup` and `get_cosine_schedule_with_warmup` (optimization.py): the first
-update (step 0) of a run with warmup has learning rate 0.
+update (step 0) of a run with warmup has learning rate 0. A run of a single step is the exception.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ NAMES = ("constant", "linear", "cosine")
 
 
 def warmup_steps(warmup_ratio: float, total_steps: int) -> int:
-    """Steps of warmup, rounded up as transformers' `TrainingArguments.get_warmup_steps` does."""
-    return math.ceil(warmup_ratio * total_steps)
+    """Steps of warmup, rounded up as transformers' `TrainingArguments.get_warmup_steps` does.
+
+    None where there is only one step: its learning rate would be 0, and nothing would be learned.
+    """
+    return math.ceil(warmup_ratio * total_steps) if total_steps > 1 else 0
 
 
 def learning_rate(name: str, step: int, *, peak: float, warmup: int, total: int) -> float:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_trainer.config.frozen import with_values
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.config.watch import with_values
 from qlora_trainer.plan import settings as settings_module
 from qlora_trainer.plan.decide import Decision, decide
 from qlora_trainer.plan.hardware import Hardware

@@ -1,7 +1,8 @@
 """`metrics.jsonl`: one JSON object a line, appended as it happens, on disk within seconds.
 
 Floats are written so that they read back to the same bits. A resumed run first takes away the lines
-of steps it will do again, so the file of an interrupted run equals that of an uninterrupted one.
+of steps it will do again, so the file of an interrupted run equals that of an uninterrupted one. A line
+that is no record (a machine that died, an editor) costs itself and no other: it goes to `metrics.jsonl.bad`.
 """
 
 from __future__ import annotations
@@ -12,21 +13,33 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qlora_trainer.checkpoint.disk import disk_errors
+from qlora_trainer.checkpoint.disk import atomic_write, disk_errors
 from qlora_trainer.errors import CheckpointError
 
 SYNC_SECONDS = 5.0
+BAD = ".bad"  # appended to the file's name
 
 
 class JsonlTracker:
-    """Appends to `path`; at most `SYNC_SECONDS` of lines are lost if the machine itself dies."""
+    """Appends to `path`; at most `SYNC_SECONDS` of lines are lost if the machine itself dies.
+
+    Attributes:
+        bad: lines of the file as it was that are no records, now in `path` + `BAD`. The line that was
+            being written when the process died is none of them: its step is done again.
+    """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         self.path = path
-        kept = [line for line in _lines(path) if line["step"] <= resume_step] if resume_step else []
-        temporary = path.with_suffix(".jsonl.tmp")
-        temporary.write_text("".join(_dump(line) for line in kept))
-        os.replace(temporary, path)
+        lines = _lines(path) if resume_step else []
+        records = [(line, parse(line)) for line in lines]
+        torn = bool(records) and records[-1][1] is None and not lines[-1].endswith(b"\n")
+        bad = [line for line, record in (records[:-1] if torn else records) if record is None]
+        self.bad = len(bad)
+        if bad:
+            aside = path.with_name(path.name + BAD)
+            atomic_write(aside, b"".join([*_lines(aside), *bad]))
+        kept = [_whole(line) for line, record in records if record and record["step"] <= resume_step]
+        atomic_write(path, b"".join(kept))
         self._file = path.open("a", encoding="utf-8")
         self._synced = time.monotonic()
 
@@ -46,20 +59,28 @@ class JsonlTracker:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file; a last line torn by a crash is left out."""
-    return _lines(path)
+    """The records of a metrics file; lines that are none are left out."""
+    return [record for line in _lines(path) if (record := parse(line))]
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    records: list[dict[str, Any]] = []
-    if not path.exists():
-        return records
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break  # only the line being written when the machine stopped can be torn
-    return records
+def parse(line: bytes | str) -> dict[str, Any] | None:
+    """A line as a record, which has at least a `step`; None if it is none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict):
+        return None
+    step = record.get("step")
+    return record if type(step) is int and 0 <= step < 1 << 53 else None
+
+
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines(keepends=True) if path.exists() else []
+
+
+def _whole(line: bytes) -> bytes:
+    return line if line.endswith(b"\n") else line + b"\n"
 
 
 def _dump(record: dict[str, Any]) -> str:

@@ -11,7 +11,6 @@ is computed before thinning.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from array import array
 from collections.abc import Iterable, Sequence
@@ -20,6 +19,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from qlora_trainer.track.jsonl import parse
 
 Column = NDArray[np.float64]
 
@@ -56,7 +57,7 @@ class Series:
         nonfinite: list[int] = []
         unread = 0
         for line in lines:
-            record = _record(line)
+            record = parse(line)
             if record is None or (steps and record["step"] < steps[-1]):
                 unread += 1
                 continue
@@ -138,17 +139,6 @@ class Series:
                 if np.isfinite(stretch).any():
                     kept |= {start + int(np.nanargmin(stretch)), start + int(np.nanargmax(stretch))}
         return np.array(sorted(kept), dtype=np.int64)
-
-
-def _record(line: str) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(record, dict):
-        return None
-    step = record.get("step")
-    return record if type(step) is int and 0 <= step < 1 << 53 else None
 
 
 def _number(value: Any) -> float:

@@ -98,6 +98,8 @@ class Status:
     def finish(self, exit_code: int, message: str = "") -> None:
         """The last word of a run."""
         state = {0: "done", PreemptedError.exit_code: "stopped"}.get(exit_code, "failed")
+        if exit_code == 0:
+            self._fields.pop("phase", None)  # of a run that ended otherwise it says where
         self.update(state=state, exit_code=exit_code, message=message)
 
 
@@ -109,12 +111,16 @@ def _sessions(path: Path) -> list[dict[str, Any]]:
     """The starts that an earlier status.json tells of, its own the last; without those that made no step."""
     try:
         previous = json.loads(path.read_bytes())
-        if not {"first_step", "step"} <= previous.keys():
-            return list(previous.get("sessions", []))
-        last = {key: previous[key] for key in SESSION if key in previous}
-        return [*previous.get("sessions", []), last][-SESSIONS:]
-    except (OSError, ValueError, AttributeError):  # none there, torn, or not ours
+    except (OSError, ValueError, RecursionError):  # none there, or torn
         return []
+    if not isinstance(previous, dict):
+        return []
+    earlier = previous.get("sessions")
+    last = {key: previous[key] for key in SESSION if key in previous}
+    sessions = [*(earlier if isinstance(earlier, list) else []), last]
+    return [each for each in sessions if isinstance(each, dict) and {"first_step", "step"} <= each.keys()][
+        -SESSIONS:
+    ]
 
 
 class StopSignals:

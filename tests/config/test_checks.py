@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import typing
 
 import pytest
 
 from qlora_trainer.config import checks, keys
+from qlora_trainer.config.frozen import as_dict, flat
 from qlora_trainer.config.schema import RunConfig
 
 IN_DATA_OPTIONS = "data."  # that room checks its own
@@ -43,9 +43,9 @@ def test_the_tables_name_keys_that_exist() -> None:
 
 
 def test_defaults_are_among_the_choices() -> None:
-    flat = dict(checks._flatten(dataclasses.asdict(RunConfig())))
+    values = dict(flat(as_dict(RunConfig())))
     for key, allowed in checks.CHOICES.items():
-        assert flat[key] in allowed
+        assert values[key] in allowed
 
 
 def test_every_alias_names_a_key_of_ours_and_hides_none() -> None:

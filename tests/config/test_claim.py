@@ -1,4 +1,4 @@
-"""A run's folder is claimed once and refused to any other configuration."""
+"""A run's folder is refused to any other configuration, and looking changes nothing in it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from qlora_trainer.config.claim import claim_output_dir
+from qlora_trainer.config import claim
 from qlora_trainer.config.load import load
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.errors import CheckpointError, ConfigError
+from qlora_trainer.errors import CheckpointError, ConfigError, MissingInputError
 
 
 @pytest.fixture(autouse=True)
@@ -24,82 +24,128 @@ def config(*changes: str) -> RunConfig:
     return load(["recipe=tiny", "model.model_name_or_path=m", "data.path=d", "output_dir=run", *changes])
 
 
-def begin(folder: Path) -> None:
-    """What the loop leaves behind with its first step."""
+def begin(*changes: str, checkpoint: bool = False) -> Path:
+    """What a run leaves behind with its first step, or with its first checkpoint."""
+    folder = Path("run")
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_bytes(claim.configuration(config(*changes)))
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    if checkpoint:
+        (folder / "checkpoints/step-000001").mkdir(parents=True)
+    return folder
 
 
-def test_the_folder_is_made_and_says_what_runs_in_it(here: Path) -> None:
-    folder = claim_output_dir(config("lora.r=3"))
-    assert folder == Path("run") and [path.name for path in folder.iterdir()] == ["config.yaml"]
+def test_looking_makes_nothing(here: Path) -> None:
+    claim.refuse(config())
+    assert not any(here.iterdir())
+
+
+def test_the_file_says_what_runs_there(here: Path) -> None:
+    begin("lora.r=3")
     assert load(["run=run"], "chat").lora.r == 3
-
-
-def test_the_same_configuration_comes_back(here: Path) -> None:
-    begin(claim_output_dir(config()))
-    claim_output_dir(config())
-
-
-def test_settings_that_are_not_the_runs_identity_may_change_and_are_written_down(here: Path) -> None:
-    begin(claim_output_dir(config("checkpoint.save_steps=1")))
-    claim_output_dir(config("checkpoint.save_steps=2"))
-    assert load(["run=run"], "chat").checkpoint.save_steps == 2
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        "recipe=llama7b_alpaca",
-        "model.model_name_or_path=other",
-        f"model.revision={'0' * 40}",
-        "data.path=other",
-        "data.path=[d,e]",
-        "data.name=en",
-        "data.split=test",
+        "checkpoint.save_steps=1",
+        "train.max_steps=9",  # whether the learning rate goes on is asked later
+        "evaluate.enabled=true",
+        "train.activations=full",
+        "model.kernels=reference",  # against auto: what auto came to is compared when it is known
+        "quantization.bnb_4bit_compute_dtype=bfloat16",
     ],
 )
-def test_another_recipe_model_or_data_set_is_refused(here: Path, change: str) -> None:
-    folder = claim_output_dir(config())
-    begin(folder)
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_the_same_run_comes_back(change: str, checkpoint: bool) -> None:
+    begin(checkpoint=checkpoint)
+    claim.refuse(config())
+    claim.refuse(config(change))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "lora.r=16",
+        "seed=7",
+        "train.deterministic=true",
+        "lora.init_lora_weights=gaussian",
+        "quantization.method=none",
+        "quantization.bnb_4bit_use_double_quant=false",
+        "model.attn_implementation=eager",
+    ],
+)
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_another_arithmetic_is_refused(change: str, checkpoint: bool) -> None:
+    earlier = ["model.attn_implementation=sdpa"] if "attn" in change else []
+    folder = begin(*earlier, checkpoint=checkpoint)
     before = (folder / "config.yaml").read_bytes()
-    other = [line for line in ("recipe=tiny",) if not change.startswith("recipe=")]
-    arguments = [*other, "model.model_name_or_path=m", "data.path=d", "output_dir=run", change]
-    with pytest.raises(ConfigError, match="another configuration"):
-        claim_output_dir(load(arguments))
+    with pytest.raises(ConfigError, match="another configuration") as error:
+        claim.refuse(config(change))
+    assert change.partition("=")[0] in str(error.value)
     assert (folder / "config.yaml").read_bytes() == before
+    claim.refuse(config(change, f"checkpoint.allow_change=[{change.partition('=')[0]}]"))
+    claim.refuse(config(change, "checkpoint.resume_from_checkpoint=never"))
 
 
-def test_a_start_that_failed_before_its_first_step_protects_nothing(here: Path) -> None:
-    claim_output_dir(config("data.path=tyop"))
-    claim_output_dir(config("data.path=typo"))
+@pytest.mark.parametrize(
+    "change", ["model.model_name_or_path=other", "data.path=[d,e]", "data.template=alpaca"]
+)
+def test_names_of_models_and_data_are_compared_where_no_checkpoint_knows_their_content(change: str) -> None:
+    begin()
+    with pytest.raises(ConfigError, match="another configuration"):
+        claim.refuse(config(change))
+    begin(checkpoint=True)
+    claim.refuse(config(change))
+
+
+def test_a_setting_without_effect_is_no_difference() -> None:
+    begin("quantization.method=none")
+    claim.refuse(config("quantization.method=none", "quantization.bnb_4bit_use_double_quant=false"))
+
+
+def test_a_path_of_the_same_file_is_no_difference(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "d").write_text("rows")
+    begin()
+    (here / "sub").mkdir()
+    monkeypatch.chdir(here / "sub")
+    given = ["recipe=tiny", "model.model_name_or_path=m", "data.path=../d", "output_dir=../run"]
+    claim.refuse(load(given))
+
+
+def test_a_start_that_failed_before_its_first_step_protects_nothing() -> None:
+    folder = begin("data.path=tyop")
+    (folder / "metrics.jsonl").unlink()
+    assert not claim.holds_a_run(folder)
+    claim.refuse(config("data.path=typo"))
 
 
 def test_files_of_someone_else_are_left_alone(here: Path) -> None:
     (here / "run").mkdir()
     (here / "run" / "thesis.tex").write_text("…")
     with pytest.raises(ConfigError, match=r"thesis\.tex"):
-        claim_output_dir(config())
-    assert [path.name for path in (here / "run").iterdir()] == ["thesis.tex"]
+        claim.refuse(config())
 
 
 def test_an_empty_folder_is_taken(here: Path) -> None:
     (here / "run").mkdir()
-    claim_output_dir(config())
+    claim.refuse(config())
 
 
-def test_a_full_disk_is_said_before_training(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_said_before_anything_is_made(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10 * 2**30, 9 * 2**30, 2**30))
-    with pytest.raises(CheckpointError, match=r"1\.0 GiB free and the run needs 2\.0 GiB"):
-        claim_output_dir(config(), required_bytes=2 * 2**30)
-    assert not (here / "run").exists()
-    claim_output_dir(config(), required_bytes=2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10 * 2**30, 9 * 2**30, 2**20))
+    with pytest.raises(CheckpointError, match="1 MiB free and a run needs 64 MiB"):
+        claim.refuse(config())
 
 
-def test_a_damaged_configuration_of_a_run_is_not_overwritten(here: Path) -> None:
-    folder = claim_output_dir(config())
-    begin(folder)
-    (folder / "config.yaml").write_text("recipe: [")
+@pytest.mark.parametrize("text", ["recipe: [", "null", "- a list", "\x00", "? {a: b}\n: c"])
+def test_a_damaged_configuration_of_a_run_is_said(text: str) -> None:
+    (begin() / "config.yaml").write_text(text)
     with pytest.raises(ConfigError, match="not readable as a configuration"):
-        claim_output_dir(config())
-    assert (folder / "config.yaml").read_text() == "recipe: ["
+        claim.refuse(config())
+
+
+def test_a_checkpoint_that_is_not_there_is_said_before_anything_is_loaded() -> None:
+    with pytest.raises(MissingInputError, match="there is no such folder"):
+        claim.refuse(config("checkpoint.resume_from_checkpoint=nowhere/step-000001"))

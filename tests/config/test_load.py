@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from qlora_trainer.config.frozen import given, inherited
 from qlora_trainer.config.load import expand_sweep, load, to_yaml
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.config.watch import set_keys
 from qlora_trainer.errors import ConfigError, MissingInputError
 
 NEEDED = ["model.model_name_or_path=m", "data.path=d"]
@@ -94,6 +94,32 @@ def test_a_home_directory_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_paths_mean_the_same_from_any_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("m/config.json", "rows.jsonl", "sub/more.jsonl", "t.jinja", "alpaca/x", "train/x"):
+        write(folder / name, "{}")
+    paths = "data.path=[rows.jsonl,{path: sub/more.jsonl, weight: 2},builtin:restaurant,someone/set]"
+    given = ["model.model_name_or_path=m", paths, "data.template=t.jinja", "data.cache_dir=cache"]
+    write(folder / "run/config.yaml", to_yaml(load([*given, "output_dir=run"])))
+    monkeypatch.chdir(folder / "sub")
+    config = load(["run=../run"], "evaluate")
+    assert config.model.model_name_or_path == str(folder / "m")
+    assert config.data.path == [
+        str(folder / "rows.jsonl"),
+        {"path": str(folder / "sub/more.jsonl"), "weight": 2},
+        "builtin:restaurant",
+        "someone/set",
+    ]
+    assert config.data.template == str(folder / "t.jinja") and config.data.cache_dir == str(folder / "cache")
+
+
+def test_names_that_are_no_paths_stay_names(folder: Path) -> None:
+    for name in ("alpaca", "train", "auto"):
+        (folder / name).mkdir()
+    config = load([*NEEDED, "output_dir=o", "data.template=alpaca"])
+    assert config.data.template == "alpaca" and config.export.calibration == "train"
+    assert config.checkpoint.resume_from_checkpoint == "auto" and config.data.path == "d"
+
+
 def test_a_path_needs_no_quotes() -> None:
     config = load([*NEEDED, "output_dir=o", "data.path=/a/b (it's 1)&c.json"])
     assert config.data.path == "/a/b (it's 1)&c.json"
@@ -112,7 +138,7 @@ def test_to_yaml_is_a_recipe_that_gives_the_same_configuration(folder: Path) -> 
 def test_a_run_may_be_measured_with_other_settings(folder: Path) -> None:
     write(folder / "moved/config.yaml", to_yaml(load([*NEEDED, "output_dir=before"])))
     config = load(["run=moved", "evaluate.examples=9"], "evaluate")
-    assert set_keys(config) == {"evaluate.examples"}
+    assert given(config) == {"evaluate.examples"} and inherited(config) == set()
     assert config.evaluate.examples == 9 and config.output_dir == "moved"
 
 

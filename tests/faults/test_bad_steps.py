@@ -69,7 +69,7 @@ def test_a_step_that_never_fits_ends_the_run_and_keeps_what_was_learned(scene: S
 def test_a_disk_that_is_too_small_is_known_before_the_first_step(scene: Scene) -> None:
     assert "free" in scene.train("small-disk", ("free_space", 50_000, 0), expect=74)
     # Where there is room for a start, but not for what will be written:
-    text = scene.train("small-disk", ("free_space", 50_000, 1), expect=74)
+    text = scene.train("small-disk", ("free_space", 50_000, 2), expect=74)
     assert "50,000 free" in text and "bytes" in text
     assert "step 1/" not in text and scene.steps("small-disk") == []
 

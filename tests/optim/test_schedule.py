@@ -11,7 +11,7 @@ from qlora_trainer.optim import schedule
 THEIRS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
-@pytest.mark.parametrize("total", [1, 7, 100])
+@pytest.mark.parametrize("total", [2, 7, 100])
 @pytest.mark.parametrize("ratio", [0.0, 0.03, 0.5, 1.0])
 @pytest.mark.parametrize("name", schedule.NAMES)
 def test_learning_rate_equals_transformers(name: str, ratio: float, total: int) -> None:
@@ -23,6 +23,13 @@ def test_learning_rate_equals_transformers(name: str, ratio: float, total: int) 
         assert ours == optimizer.param_groups[0]["lr"], step
         optimizer.step()
         theirs.step()
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.03, 1.0])
+@pytest.mark.parametrize("name", schedule.NAMES)
+def test_the_only_step_of_a_run_learns(name: str, ratio: float) -> None:
+    warmup = schedule.warmup_steps(ratio, 1)
+    assert schedule.learning_rate(name, 0, peak=2e-4, warmup=warmup, total=1) == 2e-4
 
 
 def test_warmup_steps_equal_transformers(tmp_path) -> None:

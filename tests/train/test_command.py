@@ -55,7 +55,7 @@ def test_a_run_leaves_everything_it_promises(tmp_path, inputs, capsys):
     assert scores["base"]["loss"] > scores["tuned"]["loss"]
     output = capsys.readouterr()
     assert "exact match" in output.out and "run=" in output.err
-    assert "nothing read it" not in output.err
+    assert "without effect" not in output.err
 
 
 def test_the_same_line_again_goes_on_and_a_finished_run_stays(tmp_path, inputs, capsys):
