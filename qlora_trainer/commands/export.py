@@ -16,7 +16,9 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.export import calibration, hub
 from qlora_trainer.export.base import Held
-from qlora_trainer.export.formats import Exporter, ExportOptions, Source
+from qlora_trainer.export.formats import Exporter
+from qlora_trainer.export.snippet import base_name
+from qlora_trainer.export.source import ExportOptions, Rows, Source
 from qlora_trainer.model.load import DTYPES, pick_device
 from qlora_trainer.system.terminal import console
 
@@ -52,6 +54,9 @@ def run(config: RunConfig) -> None:
     options = wiring.taken(ExportOptions, wanted, dtype=dtype)
     exporter = Exporter(source, options, root, device, _calibration(config, source), progress)
     exporter.check(wanted.format)  # before the lock, which makes a file
+    for kind in wanted.format:
+        for limit in exporter.limits(kind):
+            console.print(f"{kind:>8}  {limit}", style="yellow")
     with lock(root), bars:  # the lock also clears what an interrupted export left
         folders = {kind: export(kind) for kind in wanted.format}
     for kind, folder in folders.items():
@@ -74,10 +79,12 @@ def source_of(config: RunConfig) -> Source:
     return Source(
         adapter=what.adapter,
         base=what.source,
+        name=base_name(what.options.name_or_path),
         revision=what.options.revision,
         held=Held(what.options.method, what.options.double_quant, what.options.dtype),
         tokenizer=what.tokenizer,
         stop_ids=what.stop_ids,
+        rows=Rows(**what.record.get("rows", {})),
         data=_data_names(config) if ours else [],
         settings=as_dict(config) if ours else {},
     )

@@ -184,6 +184,7 @@ def _train(run: Run) -> None:
             settings=as_dict(config),
             measured=measured,
             title=run.folder.resolve().name,
+            rows=wiring.rows_of(data, tokenizer),
         )
     run.say(_what_next(run.folder, base.name_or_path))
 

@@ -25,7 +25,9 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_trainer.checkpoint.disk import publish_folder, write_json, write_text
+from qlora_trainer.export import snippet
 from qlora_trainer.export.card import Card, licence_files, licence_of, render
+from qlora_trainer.export.source import Rows
 from qlora_trainer.inference.load import ADAPTER_WEIGHTS, TRAINED_WITH, dtype_name
 from qlora_trainer.inference.stop import pad_id, stop_ids
 from qlora_trainer.model.fingerprint import base_fingerprint
@@ -88,6 +90,7 @@ def export_adapter(
     settings: dict[str, Any] | None = None,
     measured: str = "",
     title: str | None = None,
+    rows: Rows | None = None,
 ) -> Path:
     """Publishes `folder`, replacing one of that name, and returns it.
 
@@ -97,6 +100,7 @@ def export_adapter(
         data: names of the data, for the card.
         settings: the run's configuration as nested plain values, for the card.
         measured: a Markdown table for the card.
+        rows: what the training rows are like, for formats that cannot hold all of it.
 
     Raises:
         CheckpointError: the disk refused; nothing is left behind.
@@ -107,9 +111,10 @@ def export_adapter(
         tokenizer = copy.copy(tokenizer)
         tokenizer.chat_template = chat_template
     stops = sorted({*stop_ids(tokenizer, base.generation_config), *stop_token_ids})
+    name = snippet.base_name(trained.model_name_or_path)
     card = Card(
         title=title or folder.resolve().parent.name,
-        base=trained.source,
+        base=name,
         revision=trained.revision,
         licence=licence_of(Path(trained.source)),
         made=(
@@ -118,7 +123,7 @@ def export_adapter(
         ),
         data=data or [],
         settings=settings or {},
-        load=_loading(trained),
+        load=snippet.of_adapter(name, trained),
         tags=("qlora", "lora", "peft"),
         library="peft",
     )
@@ -130,7 +135,8 @@ def export_adapter(
         GenerationConfig(
             eos_token_id=stops, bos_token_id=tokenizer.bos_token_id, pad_token_id=pad_id(tokenizer, stops)
         ).save_pretrained(work)
-        record = asdict(trained) | {"base_fingerprint": base_fingerprint(trained.source, trained.revision)}
+        fingerprint = base_fingerprint(trained.source, trained.revision)
+        record = asdict(trained) | {"base_fingerprint": fingerprint, "rows": asdict(rows or Rows())}
         write_json(work / TRAINED_WITH, record)
         write_text(work / "README.md", render(card, measured))
         for licence in licence_files(Path(trained.source)):
@@ -150,30 +156,3 @@ def _peft_config(model: peft.PeftModel, trained: TrainedOn) -> peft.PeftConfig:
     config.revision = trained.revision
     config.inference_mode = True
     return config
-
-
-def _loading(trained: TrainedOn) -> str:
-    revision = f", revision={trained.revision!r}" if trained.revision else ""
-    quantization, argument = "", ""
-    if trained.method in ("nf4", "fp4"):
-        argument = ", quantization_config=quantization"
-        quantization = (
-            "quantization = BitsAndBytesConfig(\n"
-            f"    load_in_4bit=True, bnb_4bit_quant_type={trained.method!r},\n"
-            f"    bnb_4bit_use_double_quant={trained.double_quant}, "
-            f"bnb_4bit_compute_dtype=torch.{trained.compute_dtype},\n)\n"
-        )
-    elif trained.method == "int8":
-        argument = ", quantization_config=quantization"
-        quantization = "quantization = BitsAndBytesConfig(load_in_8bit=True)\n"
-    extra = ", BitsAndBytesConfig" if quantization else ""
-    return (
-        "import torch\n"
-        "from peft import PeftModel\n"
-        f"from transformers import AutoModelForCausalLM, AutoTokenizer{extra}\n\n"
-        f"{quantization}"
-        f"base = AutoModelForCausalLM.from_pretrained(\n    {trained.source!r}{revision}, "
-        f"dtype=torch.{trained.dtype}{argument}\n)\n"
-        "model = PeftModel.from_pretrained(base, FOLDER)\n"
-        "tokenizer = AutoTokenizer.from_pretrained(FOLDER)\n"
-    )

@@ -8,81 +8,30 @@ the same adapter with the same settings is kept, so an interrupted export goes o
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qlora_trainer.checkpoint.disk import publish_folder, require_space, write_json, write_text
 from qlora_trainer.errors import ConfigError
-from qlora_trainer.export import bnb, gguf
-from qlora_trainer.export.base import Base, Held
+from qlora_trainer.export import bnb, gguf, snippet
+from qlora_trainer.export.base import Base
 from qlora_trainer.export.card import Card, licence_files, licence_of, render
 from qlora_trainer.export.delta import Updates, read_updates
 from qlora_trainer.export.fingerprint import sha256, size_on_disk
 from qlora_trainer.export.merge import Merge, Progress
-from qlora_trainer.export.quantize import METHODS, QuantizeOptions, quantize
+from qlora_trainer.export.quantize import METHODS, quantize
 from qlora_trainer.export.shards import narrow
+from qlora_trainer.export.source import ExportOptions, Source
 from qlora_trainer.inference.load import ADAPTER_WEIGHTS, check_base, read_json
 from qlora_trainer.system import redact
 
 FORMATS = ("adapter", "merged", "gptq", "awq", "rtn", "int8", "nf4", "gguf")
 RECIPE = "export.json"
 _SMALL = 32 << 20  # tokenizer, config, card
-
-
-@dataclass(frozen=True)
-class Source:
-    """What is exported.
-
-    Attributes:
-        adapter: its folder; None for a base by itself, to be converted.
-        base: hub name or folder of the base.
-        held: how training held the base.
-        stop_ids: that end an answer.
-        data, settings: for the card.
-    """
-
-    adapter: Path | None
-    base: str
-    revision: str | None
-    held: Held
-    tokenizer: PreTrainedTokenizerBase
-    stop_ids: Sequence[int]
-    data: Sequence[str] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """How to export; the fields are the keys of the `export` section.
-
-    Attributes:
-        merge_base: trained | original.
-        dtype: of merged weights; None is the base's own.
-        bits, group_size, sym, desc_act: for gptq, awq and rtn.
-        gguf_type: f16 | bf16 | q8_0 | q6_k | q5_k_m | q5_1 | q5_0 | q4_k_m | q4_1 | q4_0.
-        calibration, calibration_samples, calibration_length: what gptq and awq watch activations on.
-        overwrite: replace a folder made from another adapter or with other settings.
-    """
-
-    merge_base: str = "trained"
-    dtype: torch.dtype | None = None
-    bits: int = 4
-    group_size: int = 128
-    sym: bool = True
-    desc_act: bool = False
-    gguf_type: str = "q8_0"
-    calibration: str = "train"
-    calibration_samples: int = 128
-    calibration_length: int = 512
-    overwrite: bool = False
-
-    def quantize(self, method: str) -> QuantizeOptions:
-        return QuantizeOptions(method, self.bits, self.group_size, self.sym, self.desc_act)
 
 
 class Exporter:
@@ -144,7 +93,7 @@ class Exporter:
                 if kind != "rtn":
                     self.calibration()
             elif kind == "gguf":
-                gguf.check(self.merge, self.source.tokenizer, self.options.gguf_type)
+                gguf.check(self.merge, self.contents, self.options.gguf_type)
             needed += self.needed(kind)
         require_space(self.root, needed, f"exporting {', '.join(formats)} to {self.root}")
 
@@ -155,6 +104,20 @@ class Exporter:
         # GPTQModel keeps finished layers on the disk until it saves: 2.25 were measured at 4 bits on SmolLM2.
         share = {"merged": 1.0, "int8": 0.75, "nf4": 0.5, "gguf": 1.0}.get(kind, 3.0)
         return int(self.merge.nbytes * share) + _SMALL
+
+    def limits(self, kind: str) -> list[str]:
+        """What a format cannot hold of this model, in sentences for the terminal and the card."""
+        return gguf.limits(self.merge, self.contents) if kind == "gguf" else []
+
+    @property
+    def title(self) -> str:
+        """The tuned model's name: its run's."""
+        return self.root.resolve().parent.name
+
+    @property
+    def contents(self) -> gguf.Contents:
+        source = self.source
+        return gguf.Contents(self.title, source.name, source.tokenizer, source.stop_ids, source.rows)
 
     @property
     def _adapter(self) -> Path:
@@ -180,8 +143,9 @@ class Exporter:
             "adapter_sha256": None
             if self.source.adapter is None
             else sha256(self._adapter / ADAPTER_WEIGHTS),
-            "base": self.source.base,
+            "base": self.source.name,
             "base_revision": self.source.revision,
+            "base_fingerprint": self.source.base_fingerprint,
         }
         if kind != "adapter":
             recipe |= {
@@ -224,7 +188,7 @@ class Exporter:
             name = f"model-{self.options.gguf_type}.gguf"
             gguf.write(
                 self.merge,
-                self.source.tokenizer,
+                self.contents,
                 work / name,
                 self.options.gguf_type,
                 self.log(kind),
@@ -264,8 +228,11 @@ class Exporter:
                 narrow(path, work / path.name, self.merge.dtype)
             elif path.name.endswith("config.json") or "index" in path.name:
                 path.rename(work / path.name)
-        config = read_json(work / "config.json")
-        write_json(work / "config.json", config | {"dtype": str(self.merge.dtype).removeprefix("torch.")})
+        for path in work.glob("*config.json"):
+            settings = _without_paths(read_json(path), work)
+            if path.name == "config.json":
+                settings["dtype"] = str(self.merge.dtype).removeprefix("torch.")
+            write_json(path, settings)
         shutil.rmtree(work / "quantized")
         shutil.rmtree(passing, ignore_errors=True)
 
@@ -274,35 +241,27 @@ class Exporter:
         self.source.tokenizer.save_pretrained(str(work))
         folder = self.merge.base.folder
         stored = folder / "generation_config.json"
-        config = GenerationConfig.from_pretrained(folder) if stored.is_file() else GenerationConfig()
-        config.eos_token_id = list(self.source.stop_ids)
-        if config.pad_token_id is None:
-            config.pad_token_id = self.source.tokenizer.pad_token_id
-        config.save_pretrained(work)
+        # As it stands, but for the ends: the library refuses to save what it reads, such as a temperature
+        # without do_sample, which servers take for their default.
+        generation = read_json(stored) if stored.is_file() else {}
+        generation["eos_token_id"] = list(self.source.stop_ids)
+        if generation.get("pad_token_id") is None:
+            generation["pad_token_id"] = self.source.tokenizer.pad_token_id
+        write_json(work / "generation_config.json", generation)
         for path in licence_files(folder):
             shutil.copyfile(path, work / path.name)
 
     def _card(self, kind: str) -> Card:
         return Card(
-            title=f"{self.root.resolve().parent.name}, {kind}",
-            base=self.source.base,
+            title=f"{self.title}, {kind}",
+            base=self.source.name,
             revision=self.source.revision,
             licence=licence_of(Path(self.source.base)),
             made=self._made(kind),
             data=list(self.source.data),
             settings=self.source.settings,
-            load=self._loading(kind),
+            load=snippet.of_export(kind, self.options.quantize(kind)),
             tags=("qlora", kind),
-        )
-
-    def _loading(self, kind: str) -> str:
-        if kind not in METHODS:
-            return _LOADING.get(kind, _PLAIN)
-        options = self.options.quantize(kind)
-        settings, backend = options.gpu_kernel
-        return (
-            f"{_PLAIN}# where the kernel it picks for your GPU does not suit this model, name another:\n"
-            f"# quantization_config={settings}(bits={options.bits}, backend={backend!r})\n"
         )
 
     def _made(self, kind: str) -> str:
@@ -321,19 +280,16 @@ class Exporter:
             text += f", then quantized: {self.options.quantize(kind).in_words}"
         elif kind != "merged":
             text += f", then converted to {kind}"
-        return text + "."
+        return " ".join([f"{text}.", *(f"{limit}." for limit in self.limits(kind))])
 
 
-_PLAIN = (
-    "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-    "model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype='auto')\n"
-    "tokenizer = AutoTokenizer.from_pretrained(FOLDER)\n"
-)
-_LOADING = {
-    "gguf": "# with llama.cpp\n# llama-cli -m FOLDER/model-*.gguf -cnv\n",
-    "adapter": (
-        "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n\n"
-        "model = AutoPeftModelForCausalLM.from_pretrained(FOLDER)\n"
-        "tokenizer = AutoTokenizer.from_pretrained(FOLDER)\n"
-    ),
-}
+def _without_paths(value: Any, work: Path) -> Any:
+    """`value` without the folders of this machine that a library noted down in it."""
+    if isinstance(value, dict):
+        kept = {key: _without_paths(item, work) for key, item in value.items()}
+        return {key: item for key, item in kept.items() if not _is_inside(item, work)}
+    return [_without_paths(item, work) for item in value] if isinstance(value, list) else value
+
+
+def _is_inside(value: Any, work: Path) -> bool:
+    return isinstance(value, str) and str(work.absolute()) in value

@@ -78,7 +78,7 @@ class GgufReader:
         self.fields = gguf.GGUFReader(path).fields
         tokens = self._of("tokens")
         vocabulary = {token: i for i, token in enumerate(tokens)}
-        merges = [tuple(merge.split(" ")) for merge in self._of("merges")]
+        merges = [tuple(merge.split(" ")) for merge in self._of("merges") or []]  # an empty list has no field
         pre = self._of("pre")
         self._bpe = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
         splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in SPLITS[pre]]

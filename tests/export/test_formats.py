@@ -9,8 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_trainer.errors import CheckpointError, ConfigError
-from qlora_trainer.export.formats import Exporter, ExportOptions
+from qlora_trainer.export.formats import Exporter, _without_paths
 from qlora_trainer.export.quantize import QuantizeOptions
+from qlora_trainer.export.snippet import base_name
+from qlora_trainer.export.source import ExportOptions
 from qlora_trainer.model.load import keep_unpacked
 from tests import tiny
 from tests.export import runs
@@ -176,3 +178,39 @@ def test_a_card_says_how_it_was_quantized_and_which_kernel_suits_any_width(run, 
 
 def test_a_card_of_what_needs_no_kernel_names_none(run):
     assert "backend" not in exporter(run)._card("merged").load
+
+
+def test_no_folder_of_this_machine_is_in_what_is_passed_on(tmp_path):
+    run = runs.make(tmp_path)
+    exports = exporter(run)
+    folders = [run.adapter, *(exports.export(kind) for kind in ("adapter", "merged", "nf4", "gguf"))]
+    texts = {
+        path: path.read_text() for f in folders for path in f.glob("*") if path.suffix in (".md", ".json")
+    }
+    named = {path.name for path, text in texts.items() if str(tmp_path) in text}
+    assert named == {"training.json", "adapter_config.json"}  # where it is needed to load the adapter
+    for folder in folders[1:]:
+        recipe = json.loads((folder / "export.json").read_text())
+        assert recipe["base"] == "base" and recipe["base_fingerprint"].startswith("sha256:")
+    assert "`base`" in (folders[0] / "README.md").read_text()
+
+
+def test_paths_that_a_library_noted_down_are_taken_out(tmp_path):
+    work = tmp_path / "exports" / ".gptq"
+    noted = {"bits": 4, "meta": {"offload_to_disk_path": f"{work}/quantized/abc", "damp": 0.1}, "x": [1]}
+    assert _without_paths(noted, work) == {"bits": 4, "meta": {"damp": 0.1}, "x": [1]}
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("HuggingFaceTB/SmolLM2", "HuggingFaceTB/SmolLM2"),
+        ("gpt2", "gpt2"),
+        ("builtin:smollm2-135m-instruct", "builtin:smollm2-135m-instruct"),
+        ("/home/me/models/SmolLM2/", "SmolLM2"),
+        ("../models/SmolLM2", "SmolLM2"),
+        ("a/b/SmolLM2", "SmolLM2"),
+    ],
+)
+def test_a_base_is_named_as_its_user_would(given, named):
+    assert base_name(given) == named

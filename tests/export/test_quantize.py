@@ -8,9 +8,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qlora_trainer.errors import CheckpointError
-from qlora_trainer.export.formats import Exporter, ExportOptions
+from qlora_trainer.export.formats import Exporter
 from qlora_trainer.export.probe import kernel
 from qlora_trainer.export.quantize import QuantizeOptions, quantize
+from qlora_trainer.export.source import ExportOptions
 from tests.export import runs
 from tests.export.test_formats import kl
 from tests.export.test_verify import source

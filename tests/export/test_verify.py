@@ -12,9 +12,10 @@ from qlora_trainer.errors import CheckpointError, ConfigError
 from qlora_trainer.evaluate.match import Question
 from qlora_trainer.export.base import Base, Held
 from qlora_trainer.export.delta import read_updates
-from qlora_trainer.export.formats import Exporter, ExportOptions, Source
+from qlora_trainer.export.formats import Exporter
 from qlora_trainer.export.judge import BOUNDS, judge
 from qlora_trainer.export.merge import Merge
+from qlora_trainer.export.source import ExportOptions, Source
 from qlora_trainer.export.verify import Sample, Yardstick, markdown, run_probe, verify
 from qlora_trainer.inference.load import read_json
 from qlora_trainer.model.load import load_base
@@ -47,6 +48,7 @@ def source(run):
     return Source(
         adapter=run.adapter,
         base=str(run.base),
+        name="base",
         revision=None,
         held=Held(run.options.method, run.options.double_quant, run.options.dtype),
         tokenizer=run.tokenizer,
