@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device import multiprocessors
 from .dropout import MASK_NUMBERS, kept, mask_arguments, mask_key, rank_span
 from .types import Dropout, Target
 
@@ -91,10 +92,10 @@ def add_partials(
 
 
 def _tile(rank: int) -> tuple[int, int, int, int, int]:
-    """(rows, columns, warps, stages) of a program, and programs wanted."""
+    """(rows, columns, warps, stages) of a program, and programs wanted on each multiprocessor."""
     if rank <= 64:
-        return 64, 128, 4, 3, 264
-    return (32, 64, 4, 4, 396) if rank <= 256 else (16, 32, 4, 2, 396)
+        return 64, 128, 4, 3, 2
+    return (32, 64, 4, 4, 3) if rank <= 256 else (16, 32, 4, 2, 3)
 
 
 def adapter_grad(
@@ -112,7 +113,7 @@ def adapter_grad(
     bm, bc, warps, stages, programs = _tile(rank)
     blocks = triton.cdiv(c, bc) * len(ranks)
     # enough programs to fill the GPU, each with at least four tiles to pipeline
-    splits = max(1, min(triton.cdiv(m, 4 * bm), triton.cdiv(programs, blocks)))
+    splits = max(1, min(triton.cdiv(m, 4 * bm), triton.cdiv(programs * multiprocessors(wide.device), blocks)))
     rows = triton.cdiv(triton.cdiv(m, splits), bm) * bm
     splits = triton.cdiv(m, rows)
     partial = torch.empty((splits, r, c), dtype=torch.float32, device=wide.device)

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device import multiprocessors
 from .types import Dropout
 
 # The numbers that masks are made from differ between layers and steps: a kernel is compiled once for all.
@@ -124,10 +125,11 @@ def _sum_dropped_kernel(
 
 
 def _tile(rank: int) -> tuple[int, int, int, int, int]:
-    """(rows, columns, warps, stages) of a program of the projection, and programs wanted."""
+    """(rows, columns, warps, stages) of a program of the projection, and programs wanted on each
+    multiprocessor."""
     if rank <= 64:
-        return 64, 64, 4, 3, 528
-    return (64, 32, 8, 2, 264) if rank <= 256 else (32, 32, 8, 2, 264)
+        return 64, 64, 4, 3, 4
+    return (64, 32, 8, 2, 2) if rank <= 256 else (32, 32, 8, 2, 2)
 
 
 def project_dropped(x: Tensor, a: Tensor, dropout: Dropout, out: Tensor) -> None:
@@ -137,7 +139,7 @@ def project_dropped(x: Tensor, a: Tensor, dropout: Dropout, out: Tensor) -> None
     bm, bk, warps, stages, programs = _tile(rank)
     blocks = triton.cdiv(m, bm) * len(dropout.ranks)
     # enough programs to fill the GPU, each with at least four tiles to pipeline
-    splits = max(1, min(triton.cdiv(k, 4 * bk), triton.cdiv(programs, blocks)))
+    splits = max(1, min(triton.cdiv(k, 4 * bk), triton.cdiv(programs * multiprocessors(x.device), blocks)))
     columns = triton.cdiv(triton.cdiv(k, splits), bk) * bk
     splits = triton.cdiv(k, columns)
     partial = torch.empty((splits, m, r), dtype=torch.float32, device=x.device)

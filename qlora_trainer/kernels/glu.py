@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .adapter_grad import adapter_grad, add_partials
+from .device import multiprocessors
 from .dropout import MASK_NUMBERS, kept, mask_arguments, mask_key
 from .fp8 import row_warps, store_row
 from .types import Dropout, Fp8Rows, Target
@@ -174,9 +175,8 @@ def glu(gate_up: Tensor, activation: str, out: Tensor, rows: Fp8Rows | None = No
     )  # fmt: skip
 
 
-def _tile() -> tuple[int, int, int, int, int]:
-    """(rows, columns, warps, stages) of a program of the fused backward, and programs wanted."""
-    return 32, 64, 4, 3, 1056
+# Of a program of the fused backward: rows, columns, warps, stages; and programs wanted on each multiprocessor.
+_TILE = (32, 64, 4, 3, 8)
 
 
 def glu_backward_(
@@ -201,9 +201,11 @@ def glu_backward_(
                 adapter_grad(narrow, wide, None, None, targets, masks)
         return
     rank = max(16, triton.next_power_of_2(widest))
-    bm, bc, warps, stages, programs = _tile()
+    bm, bc, warps, stages, programs = _TILE
     blocks = triton.cdiv(f, bc)
-    splits = max(1, min(triton.cdiv(m, 4 * bm), triton.cdiv(programs, blocks)))
+    splits = max(
+        1, min(triton.cdiv(m, 4 * bm), triton.cdiv(programs * multiprocessors(d_act.device), blocks))
+    )
     rows = triton.cdiv(triton.cdiv(m, splits), bm) * bm
     splits = triton.cdiv(m, rows)
     partial = torch.empty((splits, 3, rank, f), dtype=torch.float32, device=d_act.device)
