@@ -6,21 +6,23 @@ from pathlib import Path
 
 from qlora_trainer.checkpoint.disk import write_json
 from qlora_trainer.commands import report, wiring
-from qlora_trainer.commands.comparison import compare
+from qlora_trainer.commands.comparison import compare, record
 from qlora_trainer.commands.fit import check_fit
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import DataError
+from qlora_trainer.evaluate.fullest import fullest, read_results
 from qlora_trainer.evaluate.harness import FILE, Harness, table
-from qlora_trainer.inference.load import find_adapter, load
+from qlora_trainer.export.fingerprint import sha256
+from qlora_trainer.inference.load import ADAPTER_WEIGHTS, find_adapter, load
 from qlora_trainer.model.forward import ReferenceForward
 from qlora_trainer.model.limits import limits_of
-from qlora_trainer.system.terminal import console, results
+from qlora_trainer.system.terminal import console, results, to_stderr
 
 
 def run(config: RunConfig) -> None:
     """Prints the comparison and writes it to evaluation.json (and lm_eval.json) in the run's folder."""
     folder = run_folder(config)
-    find_adapter(folder)  # before anything heavy
+    adapter_folder = find_adapter(folder)  # before anything heavy
     wanted = config.evaluate
     harness = Harness(wanted.lm_eval_tasks, wanted.lm_eval_path) if wanted.lm_eval_tasks else None
     model = config.model
@@ -36,7 +38,7 @@ def run(config: RunConfig) -> None:
         for line in check_fit(limits_of(loaded.model), held_out, loaded.tokenizer):
             console.print(line, style="yellow")
         forward = ReferenceForward(loaded.model)
-        compare(config, folder, loaded.model, forward, loaded.tokenizer, loaded.stop_ids, held_out)
+        record(folder, compare(config, loaded.model, forward, loaded.tokenizer, loaded.stop_ids, held_out))
     elif harness is None:
         raise DataError(f"{folder}: nothing is held out; set data.eval_path=FILE or data.eval_fraction=0.1")
     if harness is not None:
@@ -44,7 +46,13 @@ def run(config: RunConfig) -> None:
             loaded.model, loaded.tokenizer, batch_size=wanted.batch_size, max_rows=wanted.max_rows
         )
         results.print(table(found))
-        write_json(folder / FILE, found)
+        adapter = sha256(adapter_folder / ADAPTER_WEIGHTS)
+        earlier = read_results(folder / FILE, to_stderr).items()
+        kept = {task: old for task, old in earlier if isinstance(old, dict) and old.get("adapter") == adapter}
+        for task, result in found.items():
+            measured = {"adapter": adapter, "limit": wanted.max_rows, **result}
+            kept[task] = fullest(kept.get(task), measured, same=("adapter",), size=("limit", "rows"))
+        write_json(folder / FILE, kept)
     report.refresh(folder)
 
 

@@ -163,7 +163,7 @@ def _train(run: Run) -> None:
     run.say(describe_training(run, state.progress, first, time.monotonic() - started, plan))
     if not ranks.main:
         return
-    measured = ""
+    measured: dict[str, dict[str, Any]] = {}
     if held_out and plan.offload != "none":
         run.say(
             f"model.offload={plan.offload}: compare with the base by `evaluate run={run.folder}`", "yellow"
@@ -173,7 +173,7 @@ def _train(run: Run) -> None:
             stops = stop_ids(tokenizer, model.get_base_model().generation_config)
             # The reference honours a switched-off adapter: base and tuned go through the same code.
             reference = ReferenceForward(model)
-            measured = comparison.compare(config, run.folder, model, reference, tokenizer, stops, held_out)
+            measured = comparison.compare(config, model, reference, tokenizer, stops, held_out)
     with signals.phase("exporting", interruptible=True):
         export_adapter(
             model,
@@ -182,10 +182,10 @@ def _train(run: Run) -> None:
             TrainedOn.with_options(base, ranks.device),
             data=data.sources,
             settings=as_dict(config),
-            measured=measured,
             title=run.folder.resolve().name,
             rows=wiring.rows_of(data, tokenizer),
         )
+        comparison.record(run.folder, measured)
     run.say(_what_next(run.folder, base.name_or_path))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from qlora_trainer.checkpoint.disk import write_json, write_text
+from qlora_trainer.checkpoint.disk import write_text
 from qlora_trainer.commands import report, wiring
 from qlora_trainer.commands.evaluate import run_folder
 from qlora_trainer.config.schema import RunConfig
@@ -19,7 +19,8 @@ from qlora_trainer.evaluate.held_out import HeldOut
 from qlora_trainer.evaluate.match import Question
 from qlora_trainer.export import calibration
 from qlora_trainer.export.base import is_quantized
-from qlora_trainer.export.verify import RESULT, Sample, Yardstick, as_dict, markdown, table, verify
+from qlora_trainer.export.record import RESULT, store
+from qlora_trainer.export.verify import Sample, Yardstick, markdown, result, table, verify
 from qlora_trainer.inference.load import (
     adapter_stops,
     check_base,
@@ -74,9 +75,10 @@ def verify_exports(config: RunConfig, exports: Mapping[str, Path]) -> None:
     )
     results.print(table(verdicts, sample))
     root = exports_folder(config)
-    summary = {"measured_on": sample.source, "models": [as_dict(verdict) for verdict in verdicts]}
-    write_json(root / RESULT, summary)
-    write_text(root / "verify.md", markdown(verdicts, sample) + "\n")
+    if store(root / RESULT, result(verdicts, yardstick, sample, config.evaluate.max_new_tokens)):
+        write_text(root / "verify.md", markdown(verdicts, sample) + "\n")
+    else:
+        console.print(f"{root / RESULT}: an earlier result on more stays, this one is beside it")
     report.refresh(root.parent)
     failed = [verdict for verdict in verdicts if not verdict.passed]
     if failed:

@@ -36,11 +36,10 @@ class ModelConfig:
     model_name_or_path: Optional[str] = _everywhere(
         None, CONTENT, "hub name, folder, or `builtin:smollm2-135m-instruct`", place=Place.IF_THERE
     )
-    revision: Optional[str] = key(
+    revision: Optional[str] = _everywhere(
         None,
         CONTENT,
         "of a hub model: branch, tag or commit",
-        by=("train", "export", "verify"),
         when=FromHub(("model.model_name_or_path",)),
     )
     dtype: str = _training(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,9 +91,8 @@ def examples(base: Scores, tuned: Scores, wanted: int) -> list[dict[str, Any]]:
     ]
 
 
-def markdown(base: Scores, tuned: Scores) -> str:
-    """The numbers of `comparison` as a Markdown table, for the model card."""
-    left, right = base.as_dict(), tuned.as_dict()
+def markdown(left: Mapping[str, Any], right: Mapping[str, Any]) -> str:
+    """The numbers of `comparison`, of `Scores.as_dict` each, as a Markdown table for the model card."""
     lines = ["| | base | tuned |", "|---|---:|---:|"]
     for key, (label, form) in ROWS.items():
         if key in left or key in right:

@@ -92,7 +92,9 @@ def render(card: Card, measured: str = "") -> str:
 
 
 def with_measured(text: str, measured: str) -> str:
-    """A rendered card with its measured table replaced."""
+    """A rendered card with its measured table replaced; one that somebody wrote anew stays as it is."""
+    if any(mark not in text for mark in _TABLE):
+        return text
     begin, end = (text.index(mark) for mark in _TABLE)
     return text[:begin] + "\n".join(_measured(measured)) + text[end + len(_TABLE[1]) :]
 

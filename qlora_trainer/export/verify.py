@@ -17,8 +17,10 @@ Divergence is KL(trained ‖ export) in nats a token over the tokens that carry 
 The base alone is the base before anything was trained: without adapter and without `modules_to_save`. An
 export that cannot be loaded has failed too, and the others are measured all the same.
 
-`verify.json` beside an export holds `measured_on` (what the rows are) and `models`: the trained model,
-the base alone and this export, or, in `exports/verify.json`, every one. Of each, where it was measured:
+`verify.json` beside an export holds `measured_on` (what the rows are), how much that is (`rows`, `questions`,
+`max_new_tokens`), the digest of the `adapter`, and `models`: the trained model, the base alone and this
+export, or, in `exports/verify.json`, every one. It is the fullest of the results on the same files; a later
+one that measured less is its `latest`. Of each model, where it was measured:
 
     model passed failures                     name, true or false, sentences
     kl top1 max_logit_difference              to the trained model: nats a token, a share, logits
@@ -45,15 +47,16 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from qlora_trainer.checkpoint.disk import write_json, write_text
+from qlora_trainer.checkpoint.disk import write_text
 from qlora_trainer.errors import CheckpointError, ConfigError
 from qlora_trainer.evaluate.match import Question, match
 from qlora_trainer.export.card import markdown_table, with_measured
 from qlora_trainer.export.fingerprint import sha256, size_on_disk
 from qlora_trainer.export.judge import AGAIN, BOUNDS, Failure, judge, nats
+from qlora_trainer.export.record import RESULT, store
 from qlora_trainer.export.worker_log import last_line
+from qlora_trainer.inference.load import ADAPTER_WEIGHTS, read_json
 
-RESULT = "verify.json"
 CONVERSATION = [
     {"role": "user", "content": "  Two spaces, 1234 digits and äöü —  what is 12+34?"},
     {"role": "assistant", "content": "46"},
@@ -122,7 +125,7 @@ def verify(
     """Verdicts of the trained model, the base alone and each export, in this order.
 
     Args:
-        exports: name of the format -> folder. `verify.json` and the card there are rewritten.
+        exports: name of the format -> folder. `verify.json` and the card there get the result (`record`).
         max_kl: bound for all of them, instead of their own.
         say: told what is being measured.
 
@@ -135,10 +138,7 @@ def verify(
     for name, folder in exports.items():
         if not folder.is_dir():
             raise ConfigError(f"verify: no {name} export at {folder}; make it with export.format=[{name}]")
-    recipes = {
-        name: json.loads((folder / "export.json").read_text(encoding="utf-8"))
-        for name, folder in exports.items()
-    }
+    recipes = {name: read_json(folder / "export.json") for name, folder in exports.items()}
     merged = {name: str(exports[name]) for name, recipe in recipes.items() if _kind_of(recipe) == "merged"}
     texts: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="qlora-verify-") as work:
@@ -196,7 +196,9 @@ def verify(
             except CheckpointError as error:
                 failures = (Failure(str(error).removeprefix(f"{name} "), AGAIN),)
             verdicts.append(Verdict(name, measured, failures))
-            _write(folder, [*first, verdicts[-1]], sample)
+            one = [*first, verdicts[-1]]
+            if store(folder / RESULT, result(one, yardstick, sample, max_new_tokens)):
+                _measure_card(folder / "README.md", markdown(one, sample))
     return verdicts
 
 
@@ -226,6 +228,21 @@ def markdown(verdicts: Sequence[Verdict], sample: Sample) -> str:
     for verdict in verdicts:
         text += [f"\n**{verdict.name} failed:** {failure.text}." for failure in verdict.failures]
     return "\n".join(text)
+
+
+def result(
+    verdicts: Sequence[Verdict], yardstick: Yardstick, sample: Sample, max_new_tokens: int
+) -> dict[str, Any]:
+    """What `verify.json` has of these verdicts."""
+    adapter = yardstick.adapter and yardstick.adapter / ADAPTER_WEIGHTS
+    return {
+        "measured_on": sample.source,
+        "rows": len(sample.rows),
+        "questions": len(sample.questions),
+        "max_new_tokens": max_new_tokens if sample.questions else 0,
+        "adapter": sha256(adapter) if adapter and adapter.is_file() else "",
+        "models": [as_dict(verdict) for verdict in verdicts],
+    }
 
 
 def as_dict(verdict: Verdict) -> dict[str, Any]:
@@ -267,13 +284,9 @@ def run_probe(name: str, request: dict[str, Any], work: Path) -> dict[str, Any]:
     return result
 
 
-def _write(folder: Path, verdicts: Sequence[Verdict], sample: Sample) -> None:
-    found = {"measured_on": sample.source, "models": [as_dict(verdict) for verdict in verdicts]}
-    write_json(folder / RESULT, found)
-    card = folder / "README.md"
+def _measure_card(card: Path, measured: str) -> None:
     if card.is_file():
-        text = with_measured(card.read_text(encoding="utf-8"), markdown(verdicts, sample))
-        write_text(card, text)
+        write_text(card, with_measured(card.read_text(encoding="utf-8"), measured))
 
 
 def _cells(verdicts: Sequence[Verdict], narrow: bool = False) -> tuple[list[str], list[list[str]]]:

@@ -5,10 +5,11 @@ In: `RunFiles`. Out: sections for the page.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora_trainer.evaluate.fullest import LATEST
 from qlora_trainer.evaluate.report import ROWS
 from qlora_trainer.track.report_files import RunFiles
 from qlora_trainer.track.report_view import Cell, Row, Section, Table, clip, date, form, megabytes
@@ -22,7 +23,7 @@ def evaluation(files: RunFiles) -> Section | None:
     if not files.evaluation and not files.lm_eval:
         return None
     blocks: list[Table] = []
-    for source, scores in files.evaluation.items():
+    for source, scores, title in _results(files.evaluation):
         base, tuned = scores["base"], scores["tuned"]
         rows: list[Row] = []
         for key, (label, pattern) in ROWS.items():
@@ -35,7 +36,7 @@ def evaluation(files: RunFiles) -> Section | None:
                     [Cell(f"  {clip(Path(name).name)}", "soft"), *_shares(base, tuned, name)]
                     for name in tuned.get("exact_match_by_source", {})
                 ]
-        blocks.append(Table(("", "base", "tuned"), rows, caption=f"held-out rows: {clip(source)}"))
+        blocks.append(Table(("", "base", "tuned"), rows, caption=f"{title}: {clip(source)}"))
         examples = scores.get("examples", [])
         if examples:
             shown = [_example(example) for example in examples[:EXAMPLES]]
@@ -49,15 +50,25 @@ def evaluation(files: RunFiles) -> Section | None:
             )
     rows = [
         [
-            clip(f"{task} {metric}"),
+            clip(f"{task} {metric}{title.removeprefix('held-out rows')}"),
             *(Cell(form(values[side], "{:.4f}"), "strong" * (side == "tuned")) for side in ("base", "tuned")),
         ]
-        for task, found in files.lm_eval.items()
+        for task, found, title in _results(files.lm_eval)
         for metric, values in found["metrics"].items()
     ]
     if rows:
         blocks.append(Table(("", "base", "tuned"), rows, caption="lm-evaluation-harness"))
     return Section("Evaluation", blocks)
+
+
+def _results(stored: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """(name, result, title): of each name the fullest, and the latest where that measured less."""
+    for name, found in stored.items():
+        latest = found.get(LATEST)
+        rows = found.get("rows")
+        yield name, found, "held-out rows" if latest is None else f"held-out rows, {rows} of them"
+        if latest is not None:
+            yield name, latest, f"held-out rows, the latest {latest.get('rows')}"
 
 
 def _shares(base: dict[str, Any], tuned: dict[str, Any], name: str) -> list[str]:
@@ -90,8 +101,9 @@ def exports(files: RunFiles) -> Section | None:
     if not files.exports:
         return None
     groups: dict[tuple[str, Any], dict[str, dict[str, Any]]] = {}
-    for found in files.exports.values():
-        if found is not None:
+    measured = [found for found in files.exports.values() if found is not None]
+    for found in [*measured, *(found[LATEST] for found in measured if LATEST in found)]:
+        if found["models"]:
             first = found["models"][0]
             key = (str(found["measured_on"]), (first["tokens"], first["perplexity"]))
             groups.setdefault(key, {}).update({model["model"]: model for model in found["models"]})

@@ -46,6 +46,26 @@ def test_evaluate_shows_and_stores_base_beside_tuned(finished, capsys):
     )
 
 
+def test_a_quick_evaluation_does_not_replace_a_full_one(finished, capsys):
+    folder = finished.adapter.parent
+    (folder / "evaluation.json").write_text('{"torn": ')
+    assert main(["evaluate", f"run={folder}"]) == 0
+    assert (folder / "evaluation.json.bad").is_file()
+    assert "evaluation.json: holds no results" in capsys.readouterr().err
+    (full,) = json.loads((folder / "evaluation.json").read_text()).values()
+    assert full["rows"] == full["questions"] == 4 and "latest" not in full
+    assert main(["evaluate", f"run={folder}", "evaluate.max_rows=2"]) == 0
+    assert "a fuller result" in capsys.readouterr().err
+    (stored,) = json.loads((folder / "evaluation.json").read_text()).values()
+    latest = stored.pop("latest")
+    assert stored == full and latest["rows"] == latest["questions"] == 2
+    page = (folder / "report.html").read_text()
+    assert "held-out rows, 4 of them" in page and "held-out rows, the latest 2" in page
+    assert main(["evaluate", f"run={folder}"]) == 0
+    (stored,) = json.loads((folder / "evaluation.json").read_text()).values()
+    assert "latest" not in stored and stored["rows"] == 4
+
+
 def test_chat_answers_each_line_of_a_pipe(finished, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/reset\nhello\n"))
     assert main(["chat", f"run={finished.adapter.parent}"]) == 0
