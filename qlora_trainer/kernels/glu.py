@@ -175,7 +175,8 @@ def glu(gate_up: Tensor, activation: str, out: Tensor, rows: Fp8Rows | None = No
     )  # fmt: skip
 
 
-# Of a program of the fused backward: rows, columns, warps, stages; and programs wanted on each multiprocessor.
+# Of a program of the fused backward: rows, columns, warps, stages; and programs wanted on each
+# multiprocessor.
 _TILE = (32, 64, 4, 3, 8)
 
 
