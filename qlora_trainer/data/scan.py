@@ -34,7 +34,7 @@ from qlora_trainer.errors import CheckpointError, DataError
 from qlora_trainer.system import cache, redact
 from qlora_trainer.system.terminal import to_stderr
 
-VERSION = 4  # of how rows are read and checked
+VERSION = 5  # of how rows are read and checked
 SHOWN = 5  # bad rows named in an error
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_trainer.data import tools
-from qlora_trainer.data.example import THINKING, Message
+from qlora_trainer.data.example import SPOKEN, THINKING, Message
 from qlora_trainer.data.problems import MAX_ROW_BYTES, RowError, kind
 
 ROLES = {
@@ -56,20 +56,22 @@ def turn(value: Any, at: str, role_key: str = "role", content_key: str = "conten
         for name, item in value.items()
         if name not in READ_HERE | {role_key, content_key} and item not in (None, "", [], {})
     }
-    content = value.get(content_key)
-    calls = tools.calls(value.get("tool_calls"), f"{at}.tool_calls")
+    content, calls = value.get(content_key), tools.calls(value.get("tool_calls"), f"{at}.tool_calls")
     if said.strip().lower() in CALLS and not calls:
         content, calls = tools.spoken(content, f"{at}.{content_key}")
-    elif not calls and role == "assistant":
+    elif role == "assistant" and not calls:
         calls = tools.calls(value.get("function_call") or None, f"{at}.function_call")
+    if isinstance(content, list):
+        content, thought, more = _parts(content, f"{at}.{content_key}")
+        calls += more
+        extra |= {THINKING[0]: thought} if thought else {}
     if calls:
         extra["tool_calls"] = clean_tree(calls, f"{at}.tool_calls")
-    if isinstance(content, list):
-        words = _join_parts(content, f"{at}.{content_key}")
-    elif content is None and role == "assistant" and (calls or any(extra.get(name) for name in THINKING)):
-        words = ""
-    else:
-        words = text(value | {content_key: content} if calls else value, content_key, at=f"{at}.")
+    if content is None and role == "assistant" and any(extra.get(name) for name in SPOKEN):
+        content = ""  # it need not be there where something else is said
+    elif content_key not in value:
+        text(value, content_key, at=f"{at}.")  # says what is there instead
+    words = text({content_key: content}, content_key, at=f"{at}.")
     return Message(role, words, _weight(value, at), extra or None)
 
 
@@ -130,14 +132,23 @@ def clean_tree(value: Any, field: str) -> Any:
     return value
 
 
-def _join_parts(parts: list[Any], at: str) -> str:
-    texts = []
+def _parts(parts: list[Any], at: str) -> tuple[str, str, list[dict[str, Any]]]:
+    """What a content of several parts holds: texts, thoughts and calls, each in order."""
+    texts, thoughts, calls = [], [], []
     for index, part in enumerate(parts):
-        if not isinstance(part, dict) or part.get("type") != "text":
-            what = part.get("type") if isinstance(part, dict) else kind(part)
-            raise RowError(f"{at}[{index}]", f"only text can be trained on, found {what!r}")
-        texts.append(text(part, "text" if "text" in part else "value", at=f"{at}[{index}]."))
-    return "".join(texts)
+        place = f"{at}[{index}]"
+        what = part.get("type") if isinstance(part, dict) else kind(part)
+        names = (str(what), "text", "value")
+        key = next((name for name in names if isinstance(part, dict) and name in part), "value")
+        if what == "text":
+            texts.append(text(part, key, at=f"{place}."))
+        elif what in ("reasoning", "thinking"):
+            thoughts.append(text(part, key, at=f"{place}."))
+        elif what == "tool_call":
+            calls += tools.calls(part.get(key), f"{place}.{key}")
+        else:
+            raise RowError(place, f"only text can be trained on, found {what!r}")
+    return "".join(texts), "".join(thoughts), calls
 
 
 def _weight(turn: dict[str, Any], at: str) -> float | None:

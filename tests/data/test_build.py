@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from qlora_trainer.data import DataOptions, TokenizedData, build, load_tokenized, tokenizer_fingerprint
@@ -185,6 +187,74 @@ def test_a_folder_is_all_its_files_in_order(load: Load, tmp_path: Path) -> None:
         "b.jsonl:3",
         "sub/c.jsonl:1",
     ]
+
+
+def test_a_folder_of_splits_is_read_by_its_split_and_says_what_is_not(load: Load, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", ROWS[:9])
+    data = load(folder)
+    assert len(data) == 9 and data.ledger.remarks == []
+    write_jsonl(folder / "test.jsonl", ROWS[9:12])
+    (folder / "README.md").write_text("# About")
+    again = load(folder)
+    assert again.folder == data.folder, "what is not read changes nothing"
+    assert [line.removeprefix(f"{folder}: ") for line in again.ledger.remarks] == [
+        "test.jsonl not read: data.split=train",
+        "README.md not read: text beside data; to read it, name it as data.path",
+    ]
+    assert len(load(folder, split="test")) == len(load(folder, eval_path=str(folder), role="eval")) == 3
+    (folder / "both.json").write_text(json.dumps({"dev": ROWS[:2], "train": ROWS[2:7]}))
+    for _ in range(2):  # built, and from the cache
+        both = load(folder / "both.json")
+        assert len(both) == 5
+        assert both.ledger.remarks == [f"{folder / 'both.json'}: dev (2 rows) not read: data.split=train"]
+
+
+TOOLS = (
+    "{% if tools %}<|im_start|>tools\n{{ tools|tojson }}<|im_end|>\n{% endif %}{% for m in messages %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "<call>{{ c.function|tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_parquet_and_lines_of_the_same_rows_are_the_same_tokens(load: Load, tmp_path: Path) -> None:
+    """Arrow gives each object the keys of all: `weather` would be called with the arguments of `add`."""
+
+    def row(number: int) -> dict[str, Any]:
+        name, arguments = [("weather", {"town": f"Ulm {number}"}), ("add", {"a": number, "b": 2})][number % 2]
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        properties = {key: {"type": type(value).__name__} for key, value in arguments.items()}
+        schema = {
+            "name": name,
+            "description": name,
+            "parameters": {"type": "object", "properties": properties},
+        }
+        return {
+            "messages": [
+                {"role": "user", "content": "Do it."},
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+                {"role": "tool", "content": "ok"},
+                {"role": "assistant", "content": f"Done {number}."},
+            ],
+            "tools": [{"type": "function", "function": schema}],
+        }
+
+    rows = [row(number) for number in range(12)]
+    lines = write_jsonl(tmp_path / "rows.jsonl", rows)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    (tmp_path / "t.jinja").write_text(TOOLS)
+    for options in ({}, {"eval_fraction": 0.5, "role": "eval"}):
+        first, second = (
+            load(path, template=str(tmp_path / "t.jinja"), max_length=400, **options)
+            for path in (lines, tmp_path / "rows.parquet")
+        )
+        assert first.fingerprint == second.fingerprint
+    text = tokenizer("qwen3").decode(
+        load(lines, template=str(tmp_path / "t.jinja"), max_length=400).document(0).ids
+    )
+    assert '<call>{"name": "weather", "arguments": {"town": "Ulm 0"}}</call>' in text
 
 
 def test_sources_mix_formats_and_are_capped_one_by_one(load: Load, rows_file: Path, tmp_path: Path) -> None:

@@ -112,7 +112,11 @@ def test_page_embeds_the_survey_and_nothing_from_outside(
 def test_screen_tells_the_numbers_and_warns(make: Callable[..., tuple[Survey, Loader]]) -> None:
     found, _ = make(packing=False)
     text = io.StringIO()
-    show({"train": replace(found, padding=0.31)}, Console(file=text, width=120))
+    ledger = replace(found.ledger, remarks=["data: test.jsonl not read: data.split=train"])
+    held = replace(found, shared=3)
+    show({"train": replace(found, padding=0.31, ledger=ledger), "eval": held}, Console(file=text, width=300))
+    assert "! data: test.jsonl not read: data.split=train" in text.getvalue()
+    assert "! held out: 3 of 61 held-out documents are training documents too" in text.getvalue()
     assert "62 read, 61 kept, 1 dropped" in text.getvalue()
     assert "the same prompt ids as in training, in 61 of 61 compared" in text.getvalue()
     assert re.search(r"! 31% of positions are padding; train.packing=true", text.getvalue())

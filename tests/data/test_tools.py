@@ -118,6 +118,25 @@ def test_turns_of_sharegpt_that_are_calls_become_calls() -> None:
     assert read(other).messages[1].for_template()["tool_calls"] == [WRAPPED]
 
 
+def test_parts_of_a_content_may_be_thoughts_and_calls() -> None:
+    """LLaMA-Factory's second form: a list of parts under `value`."""
+    said = [
+        {"type": "reasoning", "value": "Look it up."},
+        {"type": "text", "value": "A moment."},
+        {"type": "tool_call", "value": json.dumps(BARE)},
+        {"type": "tool_call", "value": json.dumps(BARE)},
+    ]
+    _, called, *_ = read(openai({"content": said})).messages
+    assert called.for_template() == {
+        "role": "assistant",
+        "content": "A moment.",
+        "reasoning_content": "Look it up.",
+        "tool_calls": [WRAPPED, WRAPPED],
+    }
+    alone = [{"type": "thinking", "thinking": "Hm."}]
+    assert read(openai({"content": alone})).messages[1].for_template()["reasoning_content"] == "Hm."
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "arguments": (
         openai({"tool_calls": [{"function": {"name": "f", "arguments": "Ulm, 2"}}]}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -77,6 +78,28 @@ def test_a_resume_with_another_arithmetic_is_refused(tmp_path, inputs, capsys, k
     assert main([*line, key]) == 2
     error = capsys.readouterr().err
     assert key.partition("=")[0].removesuffix(".max_rows") in error and "allow_change" in error
+
+
+def test_held_out_rows_that_are_trained_on_are_refused_or_counted(tmp_path, inputs, capsys):
+    rows = Path(inputs[1].partition("=")[2])
+    line = ["recipe=tiny", *inputs, "evaluate.enabled=true", f"output_dir={tmp_path / 'run'}"]
+    assert main([*line, f"data.eval_path={rows}"]) == 65
+    assert "data.eval_path: all 40 held-out documents are training documents too" in capsys.readouterr().err
+    held = tmp_path / "held"
+    held.mkdir()
+    (held / "dev.jsonl").write_text(rows.read_text() + '{"instruction": "new", "output": "new"}\n')
+    (held / "train.jsonl").write_text(rows.read_text())
+    assert main([*line, f"data.eval_path={held}", "evaluate.max_rows=2", "evaluate.examples=0"]) == 0
+    error = capsys.readouterr().err
+    assert "40 of 41 held-out documents are training documents too" in error
+    assert f"{held}: train.jsonl not read" in error
+    [part] = [
+        part
+        for part in json.loads((tmp_path / "run/status.json").read_text())["data"]
+        if part["role"] != "training"
+    ]
+    assert "train.jsonl not read" in part["remarks"][0]
+    assert "train.jsonl not read" in (tmp_path / "run" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("packing", [False, True])
