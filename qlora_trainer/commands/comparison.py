@@ -36,8 +36,12 @@ def compare(
     tokenizer: PreTrainedTokenizerBase,
     stops: Sequence[int],
     held_out: Sequence[TokenizedData],
+    answers: bool = True,
 ) -> dict[str, dict[str, Any]]:
-    """Prints a table a source; returns source -> `rows`, `questions`, scores and examples."""
+    """Prints a table a source; returns source -> `rows`, `questions`, scores and examples.
+
+    answers: whether the task's questions are answered, too, where there is a task.
+    """
     wanted = config.evaluate
     sampling = Sampling(max_new_tokens=wanted.max_new_tokens, batch_size=wanted.batch_size)
     found: dict[str, dict[str, Any]] = {}
@@ -47,7 +51,7 @@ def compare(
             part,
             tokenizer,
             pad_id(tokenizer, list(stops)),
-            task=wanted.task,
+            task=wanted.task if answers else "none",
             max_rows=wanted.max_rows,
             batch_size=wanted.batch_size,
         )

@@ -164,16 +164,16 @@ def _train(run: Run) -> None:
     if not ranks.main:
         return
     measured: dict[str, dict[str, Any]] = {}
-    if held_out and plan.offload != "none":
-        run.say(
-            f"model.offload={plan.offload}: compare with the base by `evaluate run={run.folder}`", "yellow"
-        )
-    elif held_out:
+    if held_out:
         with signals.phase("evaluating", interruptible=True):
+            answers = plan.offload == "none"  # the modules that would give them lack what is on the host
+            if not answers and config.evaluate.task != "none":
+                run.say(
+                    f"model.offload={plan.offload}: answers are measured by `evaluate run={run.folder}`",
+                    "yellow",
+                )
             stops = stop_ids(tokenizer, model.get_base_model().generation_config)
-            # The reference honours a switched-off adapter: base and tuned go through the same code.
-            reference = ReferenceForward(model)
-            measured = comparison.compare(config, model, reference, tokenizer, stops, held_out)
+            measured = comparison.compare(config, model, forward, tokenizer, stops, held_out, answers)
     with signals.phase("exporting", interruptible=True):
         export_adapter(
             model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
@@ -28,16 +29,21 @@ def score(
     tokenizer: PreTrainedTokenizerBase,
     stop_ids: Sequence[int],
     sampling: Sampling | None = None,
+    adapters: bool = True,
 ) -> Scores:
-    """Measures `model` as it stands; `forward` is its loss (see `measure_loss`)."""
+    """Measures the tuned model, or without `adapters` its base alone.
+
+    The loss comes through `forward`, whichever path that is; answers come from the model's own modules.
+    """
     with evaluating(model):
-        loss = measure_loss(forward, held_out.batches, model.device)
+        loss = measure_loss(forward, held_out.batches, model.device, adapters)
     if not held_out.questions:
         return Scores(loss)
     stops = list(stop_ids)
-    answers = generate(
-        model, [q.prompt_ids for q in held_out.questions], stops, pad_id(tokenizer, stops), sampling
-    )
+    with nullcontext() if adapters else base_alone(model):
+        answers = generate(
+            model, [q.prompt_ids for q in held_out.questions], stops, pad_id(tokenizer, stops), sampling
+        )
     texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers]
     return Scores(loss, match(held_out.questions, texts))
 
@@ -50,7 +56,6 @@ def score_base_and_tuned(
     stop_ids: Sequence[int],
     sampling: Sampling | None = None,
 ) -> tuple[Scores, Scores]:
-    """The same measurement of the base and of the tuned model. `forward` must honour `base_alone`."""
-    with base_alone(model):
-        base = score(model, forward, held_out, tokenizer, stop_ids, sampling)
-    return base, score(model, forward, held_out, tokenizer, stop_ids, sampling)
+    """The same measurement of the base and of the tuned model."""
+    of = (model, forward, held_out, tokenizer, stop_ids, sampling)
+    return score(*of, adapters=False), score(*of)

@@ -190,6 +190,16 @@ def test_the_base_alone_is_the_model_before_adapters(base_gemm: str) -> None:
     assert abs(sft(alone) - tuned) > 1e-3
 
 
+@pytest.mark.parametrize("saved", [None, ["lm_head"], ["embed_tokens"]])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
+def test_the_base_alone_is_the_references(family: str, saved: list[str] | None) -> None:
+    model = build(family, modules_to_save=saved) if saved else build(family, "nf4")
+    expected = reference(model)(batch("packed"), adapters=False)
+    found = fuse(model)[0](batch("packed"), adapters=False)
+    assert abs(sft(found) - sft(expected)) <= 1e-5 * sft(expected)
+    assert abs(sft(fuse(model)[0](batch("packed"))) - sft(expected)) > 1e-3
+
+
 def test_a_batch_without_labels_has_zero_loss() -> None:
     model = build("llama")
     data = collate([[d] for d in documents([6, 4])], supervised_from=6)

@@ -55,6 +55,13 @@ def test_streamed_layers_give_the_same_bits(device: str, policy: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
+def test_streamed_layers_give_the_base_alone() -> None:
+    one, other = (make(torch.device("cpu"), offload, "none")[1] for offload in (False, True))
+    batch = collate([[d] for d in documents([20, 30])])
+    alone = one(batch, adapters=False).nll
+    assert torch.equal(alone, other(batch, adapters=False).nll) and not torch.equal(alone, one(batch).nll)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_only_two_layers_are_on_the_device(device: str) -> None:
     model, _, stream = make(torch.device(device), True, "none")
