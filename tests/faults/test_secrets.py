@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 
+from qlora_trainer.commands.parts import facts_of_start
+from qlora_trainer.train.distributed import Ranks
+from qlora_trainer.train.signals import Status
 from tests.faults.scene import Scene
 
 ENVIRONMENT = {
@@ -40,6 +45,30 @@ def test_a_whole_run_with_a_tracker_writes_no_secret(scene: Scene) -> None:
     run = scene.folder / "secrets"
     assert any(run.rglob("*.wandb")), "the tracker's own file is looked at too"
     assert leaks(scene, run, text=text) == []
+
+
+def test_the_command_and_the_settings_are_told_without_their_secrets(scene: Scene) -> None:
+    """What tells of a run has its command line and all its keys: there, and masked."""
+    text = scene.train("told", **{"track.project": IN_LINE})
+    run = scene.folder / "told"
+    assert f"output_dir={run} " in scene.status("told")["command"] + " "
+    assert "track.project=***" in scene.status("told")["command"]
+    assert "project: '***'" in (run / "adapter" / "README.md").read_text()
+    assert leaks(scene, run, text=text) == []
+
+
+def test_a_secret_is_masked_before_it_is_quoted_and_again_when_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a shell would need it, a secret with a quote in it is another text than the environment's."""
+    secret = "canary's-password-4711"
+    monkeypatch.setenv("MY_SERVICE_PASSWORD", secret)
+    monkeypatch.setattr(sys, "argv", ["qlora_trainer", f"track.project={secret}"])
+    assert "4711" not in facts_of_start(Ranks(torch.device("cpu")))["command"]
+    status = Status()
+    status.note(command=f"python -m qlora_trainer track.project={secret}")
+    status.write_to(tmp_path / "status.json")
+    assert "4711" not in (tmp_path / "status.json").read_text()
 
 
 @pytest.mark.parametrize(

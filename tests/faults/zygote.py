@@ -127,6 +127,7 @@ def _fork(request: dict[str, Any], hooks: Any) -> int:
     os.environ.update(request["env"])
     from qlora_trainer.__main__ import main as command_line
 
+    sys.argv = ["qlora_trainer", *request["argv"]]  # what status.json says the command was
     code = 70
     try:
         for name, *arguments in request["hooks"]:

@@ -100,6 +100,16 @@ def test_evaluation_remembers_the_best():
     assert records[-1] == {"step": 2, "eval_loss": 3.0}
 
 
+def test_a_best_loss_from_before_is_only_beaten_by_a_lower_one():
+    losses = iter([2.5, 2.0, 1.0])
+    best = Progress(step=0, best_loss=2.0, best_step=1)
+    seen = []
+    for steps in (2, 4, 6):
+        _, best, _ = run(Loader(), steps=steps, progress=best, evaluate=lambda: {"eval_loss": next(losses)})
+        seen.append((best.best_loss, best.best_step))
+    assert seen == [(2.0, 1), (2.0, 1), (1.0, 6)]
+
+
 def test_a_stop_request_saves_at_the_step_boundary():
     saved, records = [], []
     with pytest.raises(PreemptedError, match="after step 3 of 4"):
