@@ -28,7 +28,7 @@ from qlora_trainer.commands.plan import facts_of, plan_of
 from qlora_trainer.config import claim
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data import TokenizedData, overlap
-from qlora_trainer.data.screen import NOTES, REASONS
+from qlora_trainer.data.screen import NOTES, REASONS, worries
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.fingerprint import base_fingerprint
 from qlora_trainer.model.forward import ReferenceForward
@@ -191,7 +191,7 @@ def concerns(
     Raises:
         DataError, ConfigError: where it cannot be.
     """
-    remarks = [remark for part in (data, *held_out) for remark in part.ledger.remarks]
+    remarks = [remark for part in (data, *held_out) for remark in part.ledger.remarks + worries(part.ledger)]
     limits = wiring.limits(config)
     fit = check_fit(limits, [data, *held_out], tokenizer) if limits is not None else []
     return [*dict.fromkeys(remarks), *fit, *overlap.check(data, held_out, given=bool(config.data.eval_path))]

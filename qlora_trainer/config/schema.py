@@ -113,6 +113,9 @@ class DataConfig:
     train_on_inputs: bool = _rows(False, CONTENT, "supervise prompts too")
     train_on_last_turn_only: bool = _rows(False, CONTENT, "supervise only the last answer")
     on_bad_row: str = _rows("error", CONTENT, "error | skip")
+    on_lost_content: str = _rows(
+        "error", CONTENT, "error | warn, where the chat template leaves out part of what a row says"
+    )
     overlong: str = _rows("truncate_right", CONTENT, "drop | truncate_left | truncate_right | split | error")
     sample_by: str = _rows("line", CONTENT, "a row of a text file: line | paragraph | document")
     streaming: bool = _rows(

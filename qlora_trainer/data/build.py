@@ -34,6 +34,7 @@ from qlora_trainer.errors import ConfigError, DataError
 from qlora_trainer.system.terminal import to_stderr
 
 BATCH = 512  # rows tokenized at a time
+NAMED = 5  # rows that a note is shown with
 MANY_ROWS = 4096  # from so many on, starting processes is worth it
 
 
@@ -134,15 +135,20 @@ def _build(
         max_length=max_length,
         overlong=options.overlong,
         masking=Masking(options.train_on_inputs, options.train_on_last_turn_only),
+        on_lost=options.on_lost_content,
     )
     readers = [SourceReader(source, place, split) for source, place in zip(sources, opened, strict=True)]
     writer = Writer(folder)
     try:
         workers = processes() if found.read >= MANY_ROWS else 1
         kept = 0
+        noted: dict[str, list[str]] = {}  # note -> rows
         with closing(encode_all(encoder, _batches(readers, found), workers)) as encoded:
-            for entries, results in encoded:
+            for entries, results, notes in encoded:
                 kept += _write(writer, entries, results, skip=options.on_bad_row == "skip")
+                given = [row.where for _, row, content in entries if isinstance(content, Example)]
+                for note, indices in notes.items():
+                    noted.setdefault(note, []).extend(given[index] for index in indices)
         if not writer.documents:
             reasons = ", ".join(f"{count} {reason}" for reason, count in writer.dropped.items())
             raise DataError(
@@ -159,7 +165,8 @@ def _build(
                 "max_length": max_length,
                 "read": found.read,
                 "kept": kept,
-                "notes": dict(+encoder.notes),
+                "notes": {note: len(rows) for note, rows in noted.items()},
+                "noted": {note: rows[:NAMED] for note, rows in noted.items()},
                 "remarks": found.remarks,
                 "chat_template": template.source if template else None,
                 "template_origin": template.origin if template else None,

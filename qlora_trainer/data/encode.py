@@ -3,21 +3,23 @@
 Comes in: checked examples, a ChatTemplate and a fast tokenizer. Goes out: `Document`s of at most
 `max_length` tokens, and for each example what became of it. A token is supervised if it overlaps a
 supervised span, so a token that holds both the last space of a prompt and the first letter of the answer
-counts as answer. The end-of-turn token is always in the span it ends.
+counts as answer. A turn's span ends with its end-of-turn token.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from qlora_trainer.data.chat import ChatTemplate, Rendering, Span
+from qlora_trainer.data.chat import ChatTemplate
+from qlora_trainer.data.control import encode_texts
 from qlora_trainer.data.example import Example
+from qlora_trainer.data.layout import Rendering, Span
+from qlora_trainer.data.lost import losses
 from qlora_trainer.data.problems import RowError
 from qlora_trainer.errors import ConfigError
 
@@ -58,7 +60,15 @@ class Masking:
 
 
 class Encoder:
-    """Turns examples into documents; `notes` counts what is worth telling about them."""
+    """Turns examples into documents.
+
+    Args:
+        on_lost: error | warn, for rows of whose content the template leaves something out.
+
+    Attributes:
+        notes: what is worth telling about the examples of the last call: note (see screen.NOTES) -> their
+            indices.
+    """
 
     def __init__(
         self,
@@ -68,6 +78,7 @@ class Encoder:
         max_length: int,
         overlong: str,
         masking: Masking,
+        on_lost: str = "error",
     ) -> None:
         if not tokenizer.is_fast:
             raise ConfigError(
@@ -83,45 +94,68 @@ class Encoder:
         self.max_length = max_length
         self.overlong = overlong
         self.masking = masking
+        self.on_lost = on_lost
         self.bos, self.eos = tokenizer.bos_token_id, int(tokenizer.eos_token_id)
         self.added = frozenset(tokenizer.added_tokens_decoder)
         self.prefix = prefix_ids(tokenizer)
-        self.notes: Counter[str] = Counter()  # rows by note; see screen.NOTES
+        self.notes: dict[str, list[int]] = {}
+        self._index = 0  # of the example that is being looked at
 
     def __call__(self, examples: Sequence[Example]) -> list[list[Document] | Dropped | RowError]:
         """One result per example, in order: its documents (several only if split), or why there are none."""
-        layouts = [self._layout(example) for example in examples]
-        good = [layout for layout in layouts if isinstance(layout, Rendering)]
-        if not good:
-            return [layout for layout in layouts if not isinstance(layout, Rendering)]
-        encoded = self.tokenizer(
-            [layout.text for layout in good],
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        tokens = iter(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+        self.notes = {}
+        layouts = []
+        for self._index, example in enumerate(examples):
+            layouts.append(self._layout(example))
+        tokens = self._tokens([layout for layout in layouts if isinstance(layout, Rendering)])
         results: list[list[Document] | Dropped | RowError] = []
-        for example, layout in zip(examples, layouts, strict=True):
+        for self._index, (example, layout) in enumerate(zip(examples, layouts, strict=True)):
             if isinstance(layout, Rendering):
-                ids, offsets = next(tokens)
-                results.append(self._fit(self._document(example, layout, ids, offsets)))
+                results.append(self._fit(self._document(example, layout, *next(tokens))))
             else:
                 results.append(layout)
         return results
+
+    def _tokens(self, layouts: list[Rendering]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+        if self.template is None:
+            return iter(encode_texts(self.tokenizer, [layout.text for layout in layouts]))
+        return iter(self.template.tokenize(layouts))
 
     def _layout(self, example: Example) -> Rendering | Dropped | RowError:
         if example.empty:
             return Dropped("empty_answer", "no answer text to learn")
         if example.raw:
-            whole = Span(len(example.prompt), len(example.prompt) + len(example.completion), 0, turn=True)
-            return Rendering(example.prompt + example.completion, (whole,))
+            return self._raw(example)
         assert self.template is not None, "conversations need a template"
         try:
-            return self.template.layout(example)
+            layout = self.template.layout(example)
+            self._check_lost(example, layout, self.template)
         except RowError as error:
             return error
+        return layout
+
+    def _raw(self, example: Example) -> Rendering:
+        """The text as it stands; an EOS that is written out at its end closes it."""
+        text, start = example.prompt + example.completion, len(example.prompt)
+        said = example.completion.rstrip()
+        closed = said.endswith(str(self.tokenizer.eos_token))
+        stop = start + len(said) if closed else len(text)
+        return Rendering(text, text, (Span(start, stop, 0, turn=True, closed=closed),))
+
+    def _check_lost(self, example: Example, layout: Rendering, template: ChatTemplate) -> None:
+        for loss in losses(example, layout, template.form.thinking is not None):
+            if loss.earlier:
+                self._note("thoughts_left_out")
+            elif self.on_lost == "warn":
+                self._note("lost_content")
+            else:
+                tools = "tool" in loss.field
+                raise RowError(
+                    loss.field,
+                    f"the chat template ({template.origin}) does not render {loss.what}: give one that does "
+                    f"(data.template={'chatml, llama3, mistral or a file' if tools else 'FILE'}), or go on "
+                    "without it by data.on_lost_content=warn",
+                )
 
     def _document(
         self, example: Example, layout: Rendering, ids: list[int], offsets: list[tuple[int, int]]
@@ -134,7 +168,7 @@ class Encoder:
             document = self._with_prefix(document)
             if not example.prompt:
                 document = replace(document, answer=NO_ANSWER)  # a plain text answers nothing
-        self._note(document, layout)
+        self._look_at(document, layout)
         document.weights[0] = 0.0
         return document
 
@@ -156,10 +190,10 @@ class Encoder:
             if first < last and starts[first] < span.start and int(tokens[first]) in self.added:
                 first += 1  # a role token that swallows the white space behind it is still the prompt's
             if span.turn:
-                following = min((turn.start for turn in turns if turn.start > span.start), default=None)
-                limit = len(tokens) if following is None else int(np.searchsorted(starts, following))
-                last, closed = self._close(tokens, first, last, limit, stop_token)
+                closed = span.closed and first < last and int(tokens[last - 1]) == stop_token
                 answer = (first, last)
+                if not closed and stop_token is not None and span is not turns[-1]:
+                    self._note("open_turn")
             weights[first:last] = self._weight(example, span, span is turns[-1])
         return Document(tokens, weights, answer), closed
 
@@ -167,10 +201,10 @@ class Encoder:
         """End a document whose template (or text) prints no end, with the weight of its answer."""
         tokens, weights, (start, stop) = document.ids, document.weights, document.answer
         if not example.raw:
-            self.notes["eos_added"] += 1
+            self._note("eos_added")
             tokens, weights = tokens[:stop], weights[:stop]  # what the template prints behind an answer goes
         elif len(tokens) and int(tokens[-1]) in self.added:
-            self.notes["other_end"] += 1
+            self._note("other_end")
         own = example.messages[-1].weight if example.messages else None
         tokens = np.append(tokens, np.int32(self.eos))
         weights = np.append(weights, np.float32(1.0 if own is None else own))
@@ -185,34 +219,22 @@ class Encoder:
         weights = np.concatenate([np.zeros(shift, dtype=np.float32), document.weights])
         return Document(ids, weights, (document.answer[0] + shift, document.answer[1] + shift))
 
-    def _note(self, document: Document, layout: Rendering) -> None:
-        """Count what is odd about a document's beginning."""
+    def _look_at(self, document: Document, layout: Rendering) -> None:
+        """Note what is odd about a document."""
         ids = document.ids
-        self.notes["prompt_differs"] += not layout.as_prompted
-        self.notes["double_bos"] += self.bos is not None and ids[:2].tolist() == [self.bos, self.bos]
-        self.notes["missing_bos"] += bool(self.prefix) and int(ids[0]) != self.prefix[0]
+        if not layout.as_prompted:
+            self._note("prompt_differs")
+        if layout.shadow != layout.text:
+            self._note("control_text")
+        if self.bos is not None and ids[:2].tolist() == [self.bos, self.bos]:
+            self._note("double_bos")
+        if self.prefix and int(ids[0]) != self.prefix[0]:
+            self._note("missing_bos")
 
-    def _close(
-        self,
-        tokens: Ids,
-        first: int,
-        last: int,
-        limit: int,
-        stop_token: int | None,
-    ) -> tuple[int, bool]:
-        """Extend a turn's tokens [first, last) to its end-of-turn token, if there is one before `limit`."""
-        if stop_token is None:
-            return last, False
-        tail = last
-        while tail > first and tokens[tail - 1] != stop_token and not self._text(tokens[tail - 1]).strip():
-            tail -= 1  # a {% generation %} block may hold the line break behind its end-of-turn token
-        if tail > first and tokens[tail - 1] == stop_token:
-            return tail, True  # behind it nothing is generated, so nothing is taught
-        found = np.flatnonzero(tokens[last:limit] == stop_token)
-        return (last + int(found[0]) + 1, True) if len(found) else (last, False)
-
-    def _text(self, token: int) -> str:
-        return str(self.tokenizer.decode([int(token)]))
+    def _note(self, note: str) -> None:
+        noted = self.notes.setdefault(note, [])
+        if noted[-1:] != [self._index]:
+            noted.append(self._index)
 
     def _weight(self, example: Example, span: Span, is_last: bool) -> float:
         own = example.messages[span.message].weight if example.messages else None
@@ -230,7 +252,7 @@ class Encoder:
         elif self.overlong == "drop":
             return Dropped("too_long", f"{length} tokens, max_length {self.max_length}")
         else:
-            self.notes["split" if self.overlong == "split" else "truncated"] += 1
+            self._note("split" if self.overlong == "split" else "truncated")
             pieces = self._cut(document)
         kept = [piece for piece in pieces if piece.weights.any()]
         if not kept:

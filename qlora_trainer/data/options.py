@@ -73,6 +73,7 @@ class DataOptions:
     train_on_inputs: bool = False
     train_on_last_turn_only: bool = False
     on_bad_row: str = "error"
+    on_lost_content: str = "error"
     overlong: str = "truncate_right"
     sample_by: str = "line"
     streaming: bool = False
@@ -81,6 +82,7 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         _one_of("data.on_bad_row", self.on_bad_row, ("error", "skip"))
+        _one_of("data.on_lost_content", self.on_lost_content, ("error", "warn"))
         _one_of("data.overlong", self.overlong, OVERLONG)
         if not 0 <= self.eval_fraction < 1:
             raise ConfigError(f"data.eval_fraction={self.eval_fraction}: expected 0 or more and less than 1")

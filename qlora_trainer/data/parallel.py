@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import TypeVar
@@ -21,6 +21,7 @@ from qlora_trainer.data.problems import RowError
 MOST_PROCESSES = 16
 Carried = TypeVar("Carried")
 Result = list[Document] | Dropped | RowError
+Notes = dict[str, list[int]]  # note -> indices of the batch's examples
 
 _encoder: Encoder | None = None  # of a worker process
 
@@ -34,23 +35,18 @@ def processes() -> int:
 
 def encode_all(
     encoder: Encoder, batches: Iterable[tuple[Carried, list[Example]]], workers: int
-) -> Generator[tuple[Carried, list[Result]], None, None]:
-    """Encode each batch's examples and hand them back with what the batch carried, in order.
-
-    `encoder.notes` counts as if it had done all of it itself.
-    """
+) -> Generator[tuple[Carried, list[Result], Notes], None, None]:
+    """Encode each batch's examples; hand back what the batch carried, results and notes, in order."""
     if workers <= 1:
         for carried, examples in batches:
-            yield carried, encoder(examples)
+            yield carried, encoder(examples), encoder.notes
         return
     context = multiprocessing.get_context("fork")
-    under_way: deque[tuple[Carried, Future[tuple[list[Result], Counter[str]]]]] = deque()
+    under_way: deque[tuple[Carried, Future[tuple[list[Result], Notes]]]] = deque()
 
-    def finished() -> tuple[Carried, list[Result]]:
+    def finished() -> tuple[Carried, list[Result], Notes]:
         carried, future = under_way.popleft()
-        results, notes = future.result()
-        encoder.notes.update(notes)
-        return carried, results
+        return carried, *future.result()
 
     with ProcessPoolExecutor(workers, context, _begin, (encoder,)) as pool:
         for carried, examples in batches:
@@ -69,7 +65,6 @@ def _begin(encoder: Encoder) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _encode(examples: list[Example]) -> tuple[list[Result], Counter[str]]:
+def _encode(examples: list[Example]) -> tuple[list[Result], Notes]:
     assert _encoder is not None
-    _encoder.notes = Counter()
     return _encoder(examples), _encoder.notes

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_trainer.data import overlap
+from qlora_trainer.data.store import Ledger
 from qlora_trainer.data.survey import BatchDocument, Survey
 
 BAR = 32  # characters of the longest histogram bar
@@ -30,8 +31,22 @@ NOTES = {
     "eos_added": "got an EOS after the last answer, because the template prints no end of turn",
     "other_end": "end with an added token of their own, before the EOS that stops generation",
     "prompt_differs": "have a prompt that the template renders otherwise at inference",
+    "control_text": "have the text of control tokens in what people say: here it is plain text, and a server "
+    "may read it otherwise",
+    "lost_content": "say something that the template does not render (data.on_lost_content=warn)",
+    "thoughts_left_out": "have thoughts in earlier turns, which the template leaves out: they teach nothing",
+    "open_turn": "have a turn that the template does not end with its end-of-turn token",
 }
-WORRYING = ("double_bos", "missing_bos", "other_end", "prompt_differs")
+WORRYING = (
+    "double_bos",
+    "missing_bos",
+    "other_end",
+    "prompt_differs",
+    "control_text",
+    "lost_content",
+    "thoughts_left_out",
+    "open_turn",
+)
 
 
 def show(surveys: dict[str, Survey], console: Console) -> None:
@@ -98,7 +113,7 @@ def warnings(survey: Survey) -> list[str]:
     """Lines about what is probably not meant."""
     ledger = survey.ledger
     lines = [*ledger.remarks, *overlap.told(survey.shared, survey.documents)]
-    lines += [f"{ledger.notes[note]:,} rows {NOTES[note]}" for note in WORRYING if note in ledger.notes]
+    lines += worries(ledger)
     if survey.prompts.difference:
         lines.append(f"prompt ids differ at inference, first in {survey.prompts.difference}")
     cut = ledger.notes.get("truncated", 0)
@@ -115,6 +130,17 @@ def warnings(survey: Survey) -> list[str]:
             f"{survey.padding:.0%} of positions are padding; train.packing=true or "
             "train.group_by_length=true would spare them"
         )
+    return lines
+
+
+def worries(ledger: Ledger) -> list[str]:
+    """Notes that are probably not meant, a line for each, with the first rows."""
+    lines = []
+    for note in WORRYING:
+        if count := ledger.notes.get(note):
+            rows = ledger.noted[note]
+            more = ", …" * (count > len(rows))
+            lines.append(f"{count:,} rows {NOTES[note]} ({', '.join(rows)}{more})")
     return lines
 
 

@@ -28,7 +28,7 @@ from qlora_trainer.data.lines import place
 from qlora_trainer.data.rows import Row
 from qlora_trainer.system import cache, redact
 
-VERSION = 3
+VERSION = 4
 MANIFEST = "manifest.json"
 RECORD = np.dtype(
     [
@@ -71,6 +71,7 @@ class Ledger:
     kept: int  # rows that gave at least one document
     dropped: dict[str, int]  # reason -> rows
     notes: dict[str, int]  # truncated, split, double_bos, … (screen.NOTES) -> rows
+    noted: dict[str, list[str]]  # the same -> places of the first of them
     remarks: list[str]  # what was found beside the rows and not read
     path: Path | None = None
 
@@ -226,6 +227,7 @@ class TokenizedData:
             manifest["kept"],
             manifest["dropped"],
             manifest["notes"],
+            manifest["noted"],
             [*beside, *manifest["remarks"]],
             folder / "ledger.jsonl",
         )

@@ -157,7 +157,14 @@ def check_prompts(
     template = None
     if data.chat_template is not None:
         template = ChatTemplate(data.chat_template, data.template_origin or "", tokenizer)
-    encoder = Encoder(tokenizer, template, max_length=2**31, overlong="drop", masking=Masking())
+    encoder = Encoder(
+        tokenizer,
+        template,
+        max_length=2**31,
+        overlong="drop",
+        masking=Masking(),
+        on_lost=options.on_lost_content,
+    )
     split = RowSplit.of(options, role, seed)
     compared = same = 0
     difference = None
@@ -185,9 +192,10 @@ def _inference_ids(
     if example.raw or template is None:
         return list(tokenizer(example.prompt)["input_ids"])
     last = max(at for at, message in enumerate(example.messages) if message.role == "assistant")
-    asked = [message.for_template() for message in example.messages[:last]]
-    text = template.render(asked, prompt=True, tools=example.tools)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    [(ids, _)] = template.tokenize(
+        [template.prompt(template.messages(example.messages[:last]), example.tools)]
+    )
+    return ids
 
 
 def _parting(trained: list[int], given: list[int], tokenizer: PreTrainedTokenizerBase) -> str:

@@ -9,17 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
+from qlora_trainer.data.chat import ChatTemplate
+from qlora_trainer.data.problems import RowError
+from qlora_trainer.data.templates import template_source
 from qlora_trainer.errors import ConfigError, DataError
 from qlora_trainer.evaluate.generate import Sampling
 from qlora_trainer.inference.load import Loaded
 from qlora_trainer.inference.stop import pad_id
 from qlora_trainer.model.limits import limits_of
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -38,16 +42,18 @@ class Chat:
         write: takes each piece of an answer as soon as it is certain.
 
     Raises:
-        ConfigError: the tokenizer has no chat template.
+        ConfigError: the tokenizer has no chat template, or it refuses the conversation.
     """
 
     def __init__(self, loaded: Loaded, options: ChatOptions, write: Callable[[str], None]) -> None:
-        if not loaded.tokenizer.chat_template:
+        found = template_source(None, loaded.tokenizer)
+        if found is None:
             raise ConfigError(
                 "chat: this model has no chat template; train with data.template=<name or jinja file>, "
                 "which stores it with the adapter"
             )
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.template = ChatTemplate(*found, loaded.tokenizer)
         self.config: GenerationConfig = options.sampling.config(
             loaded.stop_ids, pad_id(loaded.tokenizer, loaded.stop_ids)
         )
@@ -71,7 +77,7 @@ class Chat:
             DataError: a token of it has no row in the model's embedding, or the conversation no position.
         """
         turn = [*self.messages, {"role": "user", "content": text}]
-        prompt = prompt_ids(self.tokenizer, turn)
+        prompt = prompt_ids(self.template, turn)
         self._require_place(prompt)
         ids = torch.tensor([prompt], device=self.model.device)
         with torch.inference_mode():
@@ -112,12 +118,18 @@ class Chat:
                 self.write("\n")
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
-    """Token ids of a conversation up to where the assistant speaks, exactly as in training."""
-    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert isinstance(rendered, str)
-    # The template writes BOS itself where the model wants one; encoding must not add a second.
-    return list(tokenizer.encode(rendered, add_special_tokens=False))
+def prompt_ids(template: ChatTemplate, messages: list[Message]) -> list[int]:
+    """Token ids of a conversation up to where the assistant speaks, exactly as in training.
+
+    The text of control tokens in what is said is text, and a date is training's. Raises ConfigError where the
+    template refuses the conversation.
+    """
+    try:
+        rendering = template.prompt(messages)
+    except RowError as error:
+        raise ConfigError(f"chat: {error}") from error
+    [(ids, _)] = template.tokenize([rendering])
+    return ids
 
 
 class _Pieces(TextStreamer):

@@ -1,7 +1,8 @@
 """Which tokens end an answer: the end of sequence, and whatever the chat template closes a turn with.
 
-A model that was tuned to say `<|im_end|>` but is stopped only at `</s>` never stops talking, so the
-set travels with every export.
+A model that was tuned to say `<|im_end|>` but is stopped only at `</s>` never stops talking, so the set
+travels with every export. What a turn ends with is decided in one place, `data.chat.ChatTemplate`, which
+masks are made from: generation stops at what training taught.
 """
 
 from __future__ import annotations
@@ -9,6 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from qlora_trainer.data.chat import ChatTemplate
+from qlora_trainer.data.templates import template_source
+from qlora_trainer.errors import ConfigError
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, defaults: GenerationConfig | None = None) -> list[int]:
@@ -21,23 +26,17 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, defaults: GenerationConfig | No
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the chat template puts directly after an assistant's words, if any.
+    """The token that the tokenizer's chat template ends an assistant's turn with, if any.
 
-    Found by rendering a conversation, for no field of a tokenizer states it.
+    None for a template that renders no plain question and answer: what it ends with cannot be told.
     """
-    if not tokenizer.chat_template:
+    found = template_source(None, tokenizer)
+    if found is None:
         return None
-    answer = "qlora-answer"
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}], tokenize=False
-    )
-    assert isinstance(rendered, str)
-    if answer not in rendered:
+    try:
+        return ChatTemplate(*found, tokenizer).end_of_turn
+    except ConfigError:
         return None
-    tail = rendered.rpartition(answer)[2].lstrip()
-    special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-    special |= {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return next((i for token, i in special.items() if tail.startswith(token)), None)
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> int:

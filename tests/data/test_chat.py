@@ -38,10 +38,16 @@ def conversations(family: str) -> list[tuple[Message, ...]]:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, messages: tuple[Message, ...], **masking: bool
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    messages: tuple[Message, ...],
+    tools: list[dict] | None = None,
+    on_lost: str = "warn",
 ) -> Document:
-    encoder = Encoder(tokenizer, template, max_length=4096, overlong="drop", masking=Masking(**masking))
-    [documents] = encoder([Example(messages)])
+    encoder = Encoder(
+        tokenizer, template, max_length=4096, overlong="drop", masking=Masking(), on_lost=on_lost
+    )
+    [documents] = encoder([Example(messages, tools=tools)])
     assert isinstance(documents, list), documents
     return documents[0]
 

@@ -33,7 +33,7 @@ def test_what_is_streamed_is_the_greedy_answer_to_the_whole_conversation(loaded)
         {"role": "user", "content": "and again"},
         {"role": "assistant", "content": second},
     ]
-    prompt = prompt_ids(loaded.tokenizer, talk.messages[:-1])
+    prompt = prompt_ids(talk.template, talk.messages[:-1])
     (ids,) = generate(loaded.model, [prompt], loaded.stop_ids, 0, Sampling(max_new_tokens=12))
     assert "".join(pieces) == loaded.tokenizer.decode(ids, skip_special_tokens=True)
 

@@ -1,30 +1,82 @@
+import copy
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken
 from transformers import GenerationConfig
 
+from qlora_trainer.data.encode import Encoder, Masking
+from qlora_trainer.data.example import Example, Message
+from qlora_trainer.data.templates import resolve_template
 from qlora_trainer.inference.stop import end_of_turn_id, pad_id, stop_ids
 from tests import tiny
+from tests.data.families import FAMILIES, base, tokenizer
+
+TURNS = Example(
+    (
+        Message("user", "one"),
+        Message("assistant", "two"),
+        Message("user", "three"),
+        Message("assistant", "four"),
+    )
+)
+
+
+def taught_last(tokenizer) -> list[int]:
+    """The last supervised token of each turn."""
+    template = resolve_template(None, tokenizer, ["messages"])
+    encode = Encoder(tokenizer, template, max_length=999, overlong="drop", masking=Masking())
+    [[document]] = encode([TURNS])
+    ends = np.flatnonzero(np.diff(np.append(document.weights > 0, False).astype(int)) == -1)
+    return document.ids[ends].tolist()
+
+
+def plainly_ended():
+    """A tokenizer whose template ends turns with an added token that is not special, and is not EOS."""
+    made = copy.deepcopy(tiny.tokenizer())
+    made.eos_token = "</s>"
+    made.add_tokens([AddedToken("<|done|>", special=False, normalized=False)])
+    made.chat_template = tiny.CHATML.replace("<|im_end|>", "<|done|>")
+    return made
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_stops_at_what_the_masks_teach_last(family):
+    made = tokenizer(family)
+    end = end_of_turn_id(made)
+    assert taught_last(made) == [end, end]
+    assert set(stop_ids(made)) == {end, made.eos_token_id}
+
+
+def test_a_turn_may_end_with_an_added_token_that_is_not_special():
+    made = plainly_ended()
+    done = made.convert_tokens_to_ids("<|done|>")
+    assert done not in made.all_special_ids
+    assert taught_last(made) == [done, done]
+    assert end_of_turn_id(made) == done and stop_ids(made) == sorted([done, made.eos_token_id])
 
 
 def test_the_template_tells_which_token_closes_a_turn():
-    tokenizer = tiny.tokenizer()
-    assert end_of_turn_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    made = tiny.tokenizer()
+    assert end_of_turn_id(made) == made.convert_tokens_to_ids("<|im_end|>")
+    assert end_of_turn_id(base()) is None
+    refusing = copy.deepcopy(made)
+    refusing.chat_template = "{{ raise_exception('only with a system turn') }}"
+    assert end_of_turn_id(refusing) is None and stop_ids(refusing) == [refusing.eos_token_id]
 
 
 def test_end_of_sequence_template_and_stored_defaults_all_stop():
-    import copy
-
-    tokenizer = copy.deepcopy(tiny.tokenizer())
-    tokenizer.eos_token = "</s>"
-    end, turn = tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>"])
-    assert stop_ids(tokenizer) == sorted([end, turn])
-    assert stop_ids(tokenizer, GenerationConfig(eos_token_id=[77])) == sorted([end, turn, 77])
-    tokenizer.chat_template = None
-    assert stop_ids(tokenizer) == [end]
+    made = copy.deepcopy(tiny.tokenizer())
+    made.eos_token = "</s>"
+    end, turn = made.convert_tokens_to_ids(["</s>", "<|im_end|>"])
+    assert stop_ids(made) == sorted([end, turn])
+    assert stop_ids(made, GenerationConfig(eos_token_id=[77])) == sorted([end, turn, 77])
+    made.chat_template = None
+    assert stop_ids(made) == [end]
 
 
 def test_without_a_pad_token_a_stop_token_fills():
-    import copy
-
-    tokenizer = copy.deepcopy(tiny.tokenizer())
-    assert pad_id(tokenizer, [2]) == tokenizer.pad_token_id
-    tokenizer.pad_token = None
-    assert pad_id(tokenizer, [2]) == 2
+    made = copy.deepcopy(tiny.tokenizer())
+    assert pad_id(made, [2]) == made.pad_token_id
+    made.pad_token = None
+    assert pad_id(made, [2]) == 2

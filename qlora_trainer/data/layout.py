@@ -1,0 +1,204 @@
+"""Where in a rendering each turn's text lies.
+
+Comes in: a template and a checked example. Goes out: a `Rendering`, text plus character spans of what the
+assistant says. Tokens come later (`encode.py`); nothing here searches for role markers.
+
+Most stock templates carry no `{% generation %}` tag, so spans are found by rendering, and proved:
+
+* A turn *starts* where the generation prompt ends: `render(messages[:i], add_generation_prompt=True)`
+  is exactly what the model is given at inference. It has to be a prefix of the full rendering. Where it is
+  not (a template that opens the model's turn with `<think>` and later strips it), the turn starts at its
+  content, found by a mark.
+* Content *ends* at a mark put behind its last visible character. Trimming templates do not move it, and
+  taking all marks out has to give the full rendering again, character for character.
+* A turn *stops* with the first end-of-turn text behind its content that the template put there, before
+  anything of the next message: what lies between (calls of tools) is the assistant's. Behind it nothing is
+  generated, so nothing is taught, not the line break either that many templates put there and TRL supervises.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qlora_trainer.data.example import Example
+from qlora_trainer.data.problems import RowError
+
+if TYPE_CHECKING:
+    from qlora_trainer.data.chat import ChatTemplate
+
+MARKS = tuple((chr(0xE000 + 2 * n), chr(0xE001 + 2 * n)) for n in range(8))  # private use: no text has them
+Messages = list[dict[str, Any]]
+Tools = list[dict[str, Any]] | None
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters [start, stop) of a rendering that one message put there, and which message.
+
+    Attributes:
+        turn: an assistant's whole turn, not bare content.
+        closed: it ends with the end-of-turn token's text.
+        opened: where the message's part of the rendering begins at the earliest; thoughts that the template
+            puts before a turn's start lie behind it.
+    """
+
+    start: int
+    stop: int
+    message: int
+    turn: bool
+    closed: bool = False
+    opened: int = 0
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """A conversation as one text, its spans in order, and whether inference gives the same prompts.
+
+    `shadow` is the text with a stand-in for each character of people's text that looks like a control token
+    (`control.py`). `as_prompted` is False if some turn's generation prompt is not what stands before it here:
+    the template shows the model another conversation at inference than in training.
+    """
+
+    text: str
+    shadow: str
+    spans: tuple[Span, ...] = ()
+    as_prompted: bool = True
+
+
+class Layout:
+    """One example's rendering, and the search for its turns."""
+
+    def __init__(self, template: ChatTemplate, example: Example) -> None:
+        self.template, self.example, self.tools = template, example, example.tools
+        self.messages = template.messages(example.messages)
+        self.full, self.blocks = template.rendered(self.messages, False, self.tools)
+        self.shadow = template.shadow(self.full, self.messages, self.tools)
+        self.turns = [at for at, message in enumerate(example.messages) if message.role == "assistant"]
+        self.prompts = {at: self.render(self.messages[:at], prompt=True) for at in self.turns}
+
+    def render(self, messages: Messages, prompt: bool = False) -> str:
+        return self.template.render(messages, prompt=prompt, tools=self.tools)
+
+    def rendering(self) -> Rendering:
+        spans = self.tagged() if len(self.blocks) == len(self.turns) else self.proved()
+        spans += self.weighted()
+        as_prompted = all(self.full.startswith(prompt) for prompt in self.prompts.values())
+        return Rendering(
+            self.full, self.shadow, tuple(sorted(spans, key=lambda span: span.start)), as_prompted
+        )
+
+    def tagged(self) -> list[Span]:
+        """The template's own {% generation %} blocks, one for each assistant turn."""
+        spans: list[Span] = []
+        for at, (start, stop) in zip(self.turns, self.blocks, strict=True):
+            stop, closed = self.close(at, start, stop) or (stop, False)
+            spans.append(Span(start, stop, at, True, closed, spans[-1].stop if spans else 0))
+        return spans
+
+    def proved(self) -> list[Span]:
+        """Spans by prompts and marks."""
+        visible = [at for at in self.turns if self.messages[at]["content"].strip()]
+        ends = self.locate([(at, True) for at in visible])  # a mark would make emptiness text
+        spans: list[Span] = []
+        for at in self.turns:
+            stop = ends.get((at, True))
+            opened, start = spans[-1].stop if spans else 0, None
+            if self.full.startswith(self.prompts[at]) and (stop is None or len(self.prompts[at]) <= stop):
+                opened = start = len(self.prompts[at])
+            else:
+                start = self.locate([(at, False)]).get((at, False))
+            end = None if start is None else self.close(at, start, stop)
+            if start is None or end is None:
+                raise RowError(
+                    f"messages[{at}]",
+                    "the chat template rewrites this turn so that its place cannot be told; "
+                    "mark it with {% generation %} in a template of your own (data.template=FILE)",
+                )
+            spans.append(Span(start, end[0], at, True, end[1], opened))
+        return spans
+
+    def weighted(self) -> list[Span]:
+        """The contents of others that have a weight of their own."""
+        others = [
+            at
+            for at, message in enumerate(self.example.messages)
+            if message.role != "assistant" and message.weight is not None
+        ]
+        found = self.locate([(at, edge) for at in others for edge in (False, True)]) if others else {}
+        for at in others:
+            if (at, False) not in found or (at, True) not in found:
+                raise RowError(f"messages[{at}]", "has a weight, but the chat template rewrites its text")
+        return [Span(found[at, False], found[at, True], at, turn=False) for at in others]
+
+    def close(self, at: int, start: int, content: int | None) -> tuple[int, bool] | None:
+        """Where the turn that starts at `start` stops, and whether it is with the end-of-turn token's text.
+
+        `content` is where its visible content ends, if it has any that the template leaves as it is. None
+        where the end cannot be told.
+        """
+        end = self.template.end_text
+        calls = content is None or "tool_calls" in self.messages[at]
+        behind = start if content is None else content
+        if end is not None and not calls:
+            said = self.shadow[start:behind].rstrip()
+            if said.endswith(end):  # of its own; a {% generation %} block may hold a line break behind it
+                return start + len(said), True
+            found = self.shadow.find(end, behind)
+            if found >= 0 and not self.shadow[behind:found].strip():
+                return found + len(end), True
+        limit, exact = self.limit(at)
+        found = -1 if end is None else self.shadow.find(end, behind, limit)
+        if end is not None and found >= 0:
+            return found + len(end), True
+        if calls:
+            return (limit, False) if exact else None
+        return behind, False
+
+    def limit(self, at: int) -> tuple[int, bool]:
+        """A place before which the turn's text ends, as near as can be told, and whether it is the end."""
+        if at == len(self.messages) - 1:
+            return len(self.full), True
+        try:
+            whole = self.render(self.messages[: at + 1])
+        except RowError:  # a conversation that may not end here
+            whole = ""
+        if whole and self.full.startswith(whole):
+            return len(whole), True
+        following = [(at + 1, False)] if self.messages[at + 1]["content"].strip() else []
+        for place in self.locate(following).values():
+            return place, False
+        prompt = next((self.prompts[turn] for turn in self.turns if turn > at), "")
+        return (len(prompt), False) if prompt and self.full.startswith(prompt) else (0, False)
+
+    def locate(self, marks: list[tuple[int, bool]]) -> dict[tuple[int, bool], int]:
+        """Where the visible content of messages starts (False) and ends (True) in the rendering.
+
+        Renders once with a mark at each place; a mark that the template drops or repeats is left out, and
+        so is everything if the rest does not equal the rendering.
+        """
+        said = "".join(message["content"] for message in self.messages)
+        free = [pair for pair in MARKS if pair[0] not in self.full and pair[0] not in said]
+        if not free or not marks:
+            return {}
+        left, right = free[0]
+        marked = [dict(message) for message in self.messages]
+        for number, (at, is_end) in reversed(list(enumerate(marks))):
+            content = marked[at]["content"]
+            bare = content.rstrip() if is_end else content.lstrip()
+            cut = len(bare) if is_end else len(content) - len(bare)
+            marked[at]["content"] = f"{content[:cut]}{left}{number}{right}{content[cut:]}"
+        text = self.render(marked)
+        pattern = re.compile(f"{left}(\\d+){right}")
+        if pattern.sub("", text) != self.full:
+            return {}
+        found: dict[tuple[int, bool], int] = {}
+        removed = 0
+        repeated = set()
+        for match in pattern.finditer(text):
+            mark = marks[int(match[1])]
+            repeated |= {mark} & found.keys()
+            found[mark] = match.start() - removed
+            removed += len(match[0])
+        return {mark: place for mark, place in found.items() if mark not in repeated}
