@@ -77,6 +77,7 @@ def _load(request: dict[str, Any]) -> tuple[Any, Reader]:
 
     from qlora_trainer.inference.load import fit_embeddings, load, load_base_alone
     from qlora_trainer.model.load import keep_unpacked
+    from qlora_trainer.model.skeleton import read_configuration
 
     kind, folder, device = request["kind"], Path(request["folder"]), request["device"]
     if kind == "trained":  # as the trainer held it: the yardstick, not an export
@@ -89,8 +90,11 @@ def _load(request: dict[str, Any]) -> tuple[Any, Reader]:
     if kind == "adapter":
         from peft import PeftModel
 
+        arguments = _base_arguments(request["trained"])
+        if not request["trained"]["stored_quantized"]:  # whatever its config.json says
+            arguments["config"] = read_configuration(request["base"], request["trained"].get("revision"))
         model: Any = AutoModelForCausalLM.from_pretrained(
-            request["base"], dtype=dtype, device_map={"": device}, **_base_arguments(request["trained"])
+            request["base"], dtype=dtype, device_map={"": device}, **arguments
         )
         fit_embeddings(model, folder)
         model = PeftModel.from_pretrained(model, folder)

@@ -47,9 +47,9 @@ def weights_in(folder: Path) -> dict[Path, list[str]]:
 
 
 def strays(folder: Path) -> list[str]:
-    """Names of the safetensors files beside the model's own, which are not read."""
+    """Names of the safetensors files beside the model's own, if it has any; they are not read."""
     own = {path.name for path in weights_in(folder)}
-    return sorted(path.name for path in folder.glob("*.safetensors") if path.name not in own)
+    return sorted(path.name for path in folder.glob("*.safetensors") if own and path.name not in own)
 
 
 def read_index(path: Path) -> dict[str, str]:

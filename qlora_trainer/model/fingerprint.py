@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 
-from qlora_trainer.model.shards import sample
+from qlora_trainer.model.shards import open_files, sample
 from qlora_trainer.model.source import weight_files
 
 
@@ -17,9 +17,10 @@ def base_fingerprint(source: str, revision: str | None = None) -> str:
 
     Raises:
         MissingInputError: as `source.weight_files`.
+        CheckpointError: a file is damaged.
     """
     digest = hashlib.sha256()
     files = weight_files(source, revision)
-    for path in files or ():
-        sample(path, digest)
+    for reader in open_files(files or {}):
+        sample(reader.path, digest)
     return f"sha256:{digest.hexdigest()}" if files else ""

@@ -83,9 +83,10 @@ def weight_files(source: str, revision: str | None = None) -> dict[Path, list[st
         folder = found
     files = weights_in(folder)
     if not files:
+        there = ", ".join(sorted(path.name for path in folder.glob("*.safetensors")))
         raise MissingInputError(
-            f"{KEY}: {folder} has neither {SINGLE} nor {INDEX} and the shards it names; "
-            "pickled weights are never read"
+            f"{KEY}: {folder} has neither {SINGLE} nor {INDEX} and the shards it names"
+            f"{f' (there is {there}: copy the index too)' if there else ''}; pickled weights are never read"
         )
     return files
 

@@ -75,10 +75,26 @@ def test_the_plan_of_an_unknown_architecture_counts_the_models_own_files(sharded
     assert shape_of(config, sharded).parameters == before
 
 
+@pytest.mark.parametrize("left", [0, 4, 1000])
+def test_the_fingerprint_of_a_damaged_file_is_one_line(sharded: Path, left: int) -> None:
+    first, *_ = weights_in(sharded)
+    first.write_bytes(first.read_bytes()[:left])
+    with pytest.raises(CheckpointError, match=first.name):
+        base_fingerprint(str(sharded))
+
+
 def test_a_single_file_goes_before_the_shards_beside_it(sharded: Path) -> None:
     tiny.save(sharded, seed=1)
     assert weights_in(sharded) == {sharded / SINGLE: []}
     assert strays(sharded) == sorted(path.name for path in sharded.glob("model-*.safetensors"))
+
+
+def test_shards_without_their_index_are_named_and_what_to_copy(sharded: Path) -> None:
+    (sharded / INDEX).unlink()
+    said: list[str] = []
+    with pytest.raises(MissingInputError, match=r"there is model-00001-.*copy the index too"):
+        load_base(BaseOptions(str(sharded)), CPU, said.append)
+    assert said == []
 
 
 def test_a_tensor_that_two_shards_hold_is_refused_for_nobody_knows_which_is_meant(sharded: Path) -> None:
