@@ -87,6 +87,7 @@ REFUSALS = {
     errno.EPERM: "see to its owner, mode and attributes",
     errno.EMFILE: "raise the number of files that a process may open (ulimit -n)",
     errno.ENFILE: "raise the number of files that the system may open (fs.file-max)",
+    errno.EAGAIN: "raise the number of processes and threads that a user may have (ulimit -u)",
     errno.EMLINK: f"make room in its folder, or {_ELSEWHERE}",
     errno.ENAMETOOLONG: "choose an output_dir with a shorter path",
     errno.ELOOP: "links lead in a circle: remove them",
@@ -121,9 +122,11 @@ def explained(error: BaseException) -> QLoRAError:
 
 
 def system_code(error: BaseException) -> int:
-    """The `errno` that an exception carries, or that a Rust library has written into its text; 0 if none."""
+    """The `errno` that an exception carries, or that a library has written into its text; 0 if none."""
     if isinstance(error, OSError):
         return error.errno or 0
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):  # Python's, for EAGAIN
+        return errno.EAGAIN
     written = re.search(r"\(os error (\d+)\)", str(error))
     return int(written[1]) if written else 0
 

@@ -47,6 +47,7 @@ from qlora_trainer.objectives.sft import sft
 from qlora_trainer.optim import make_optimizer
 from qlora_trainer.plan.plan import RunPlan
 from qlora_trainer.system import redact
+from qlora_trainer.system.processes import follow_launcher
 from qlora_trainer.system.terminal import console
 from qlora_trainer.track import Tracker
 from qlora_trainer.track.console import ConsoleTracker
@@ -57,7 +58,7 @@ from qlora_trainer.train.distributed import Ranks
 from qlora_trainer.train.health import MemoryGuard
 from qlora_trainer.train.loop import LoopOptions, MicroStep, Progress, count_steps, train
 from qlora_trainer.train.rehearsal import rehearse, widest
-from qlora_trainer.train.signals import Status, StopSignals, follow_launcher
+from qlora_trainer.train.signals import Status, StopSignals
 from qlora_trainer.train.state import RunState
 
 EVALUATED_AT_ONCE = 8  # batches between two looks at whether the run has to stop

@@ -13,8 +13,8 @@ import sys
 
 import torch
 
+from qlora_trainer.system.processes import shield_worker
 from qlora_trainer.system.redact import masked_output
-from qlora_trainer.train.signals import shield_worker
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from qlora_trainer.errors import QLoRAError
 from qlora_trainer.export.quantize import QuantizeOptions
 from qlora_trainer.export.reader import FolderReader, Reader, reader_of
 from qlora_trainer.model.limits import limits_of
-from qlora_trainer.train.signals import shield_worker
+from qlora_trainer.system.processes import shield_worker
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 YARDSTICKS = ("trained", "plain")

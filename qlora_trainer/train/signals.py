@@ -16,7 +16,6 @@ In: signals, and the names of the phases. Out: `requested()` for the loop, `Pree
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -31,16 +30,14 @@ from typing import Any
 
 from qlora_trainer.checkpoint.disk import write_json
 from qlora_trainer.errors import CheckpointError, PreemptedError
+from qlora_trainer.system.processes import STOP_SIGNALS
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 GRACE = 10.0  # seconds an interruptible phase gets to let go
 ONE_REQUEST = 1.0  # seconds: a job's scheduler and its launcher both pass the same request on
 TICK = 1.0  # seconds between two writings of status.json by the loop
 # What is kept of an earlier start.
 SESSION = ("started", "updated", "state", "first_step", "step", "measured")
 SESSIONS = 200  # the last ones: the file is written every second
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_LAUNCHERS = ("ACCELERATE_", "TORCHELASTIC_")  # prefixes of the variables they set for their children
 
 
 class Status:
@@ -241,32 +238,3 @@ def leaving_at_once() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def follow_launcher() -> None:
-    """Asks for a SIGTERM when the launcher dies, so that no rank is left behind as an orphan.
-
-    Only under accelerate or torchrun: a run started from a shell must survive its shell (`nohup`).
-    `accelerate launch` with one process does not pass SIGTERM on, it just dies.
-    """
-    if any(name.startswith(_LAUNCHERS) for name in os.environ):
-        _die_with_parent(signal.SIGTERM)
-
-
-def shield_worker() -> None:
-    """For a data worker, first thing in its process: dies with the trainer, not of its signals.
-
-    A scheduler signals the whole job; the trainer still needs its workers to reach the boundary.
-    """
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    _die_with_parent(signal.SIGKILL)
-
-
-def _die_with_parent(number: int) -> None:
-    parent = os.getppid()
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:  # it died in between, and the kernel will not say so any more
-        os.kill(os.getpid(), number)

@@ -75,6 +75,7 @@ ERRORS: dict[str, tuple[Raiser, int]] = {
     "shapes": (lambda: RuntimeError("mat1 and mat2 shapes cannot be multiplied (1x2 and 3x4)"), 70),
     "worker": (lambda: RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. …"), 70),
     "pool": (lambda: BrokenProcessPool("A process in the process pool was terminated abruptly"), 70),
+    "threads": (lambda: RuntimeError("can't start new thread"), 74),
     "not UTF-8": (lambda: UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), 70),
     "not JSON": (not_json, 70),
     "key": (lambda: KeyError("eval_loss"), 70),

@@ -202,67 +202,6 @@ def test_signals_to_a_forked_child_do_not_reach_the_run(start: Start) -> None:
     assert child.end() == (0, "end\n")
 
 
-def test_a_shielded_worker_outlives_signals_and_not_the_trainer(start: Start) -> None:
-    child = start(
-        """
-        pid = os.fork()
-        if pid == 0:
-            signals.shield_worker(); print(os.getpid(), flush=True); wait()
-        wait()
-        """
-    )
-    pid = int(child.line())
-    os.kill(pid, signal.SIGTERM)
-    os.kill(pid, signal.SIGINT)
-    time.sleep(0.3)
-    os.kill(pid, 0)
-    child.process.kill()
-    child.process.wait()
-    _gone(pid)
-
-
-def _gone(pid: int, seconds: float = 5) -> None:
-    """Fails unless the process ends; a zombie that nobody reaps here has ended."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-        except FileNotFoundError:
-            return
-        if state == "Z":
-            return
-        time.sleep(0.02)
-    pytest.fail(f"process {pid} is still there")
-
-
-@pytest.mark.parametrize("launched", [True, False])
-def test_only_a_launched_run_follows_its_parent(start: Start, tmp_path: Path, launched: bool) -> None:
-    """The middle process is the launcher; the inner one the run."""
-    inner = (
-        "import os, time; from qlora_trainer.train import signals; signals.follow_launcher()\n"
-        "print(os.getpid(), flush=True); time.sleep(30)"
-    )
-    launchers = ("ACCELERATE_", "TORCHELASTIC_")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
-    if launched:
-        environment["ACCELERATE_MIXED_PRECISION"] = "no"
-    outer = (
-        f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {inner!r}]); time.sleep(30)"
-    )
-    command = [sys.executable, "-c", outer]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    assert process.stdout is not None
-    pid = int(process.stdout.readline())
-    process.kill()
-    process.wait()
-    if launched:
-        _gone(pid)
-    else:
-        time.sleep(0.5)
-        os.kill(pid, signal.SIGKILL)  # raises if it is gone
-    process.stdout.close()
-
-
 def test_status_is_always_whole(tmp_path: Path) -> None:
     from qlora_trainer.train.signals import Status
 
