@@ -13,6 +13,7 @@ Left alone, transformers maps the files: on a CPU, a 0.8 GB checkpoint in nine s
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
@@ -28,7 +29,7 @@ from transformers import (
 )
 
 from qlora_trainer.errors import CheckpointError, MissingInputError
-from qlora_trainer.model.files import KEY
+from qlora_trainer.model.files import KEY, weights_in
 from qlora_trainer.model.shards import release_freed, stored_tensors
 from qlora_trainer.model.skeleton import first_line, skeleton
 from qlora_trainer.model.source import weight_files
@@ -70,6 +71,8 @@ def assemble(
         # GPTQModel reads its formats itself, and a model's own code may want more than its tensors.
         left_to_transformers = trust_remote_code or isinstance(quantization, GPTQConfig | AwqConfig)
         files = None if left_to_transformers else weight_files(source, revision)
+        if left_to_transformers and Path(source).is_dir():
+            weights_in(Path(source))  # refuses an index that leads elsewhere
         if files is None:
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 source,
