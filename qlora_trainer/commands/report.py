@@ -9,7 +9,7 @@ from typing import Any
 from qlora_trainer.config import recipes
 from qlora_trainer.config.claim import CONFIG_FILE
 from qlora_trainer.config.frozen import as_dict
-from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.config.schema import FACTS, RunConfig
 from qlora_trainer.errors import MissingInputError, QLoRAError
 from qlora_trainer.system.terminal import console
 from qlora_trainer.track.report import FILE, STRANGE, write_report
@@ -49,7 +49,7 @@ def _recipe_values(name: str) -> Mapping[str, Any]:
     values: dict[str, Any] = {}
     try:
         for recipe in recipes.load(name):
-            values |= recipe.values
+            values |= {key: FACTS[key].located(value) for key, value in recipe.values.items() if key in FACTS}
     except QLoRAError:
         return {}
     return values

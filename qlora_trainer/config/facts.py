@@ -114,6 +114,10 @@ class Facts:
     when: When | FromHub | None = None
     place: Place | None = None
 
+    def located(self, value: Any) -> Any:
+        """`value` as a configuration has it: paths are absolute."""
+        return value if self.place is None else self.place.located(value)
+
 
 def key(
     default: Any,

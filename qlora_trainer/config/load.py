@@ -258,7 +258,6 @@ def _fill_in(config: RunConfig) -> None:
             setattr(config, name, os.path.expanduser(value))
     for key, facts in FACTS.items():
         if facts.place is not None:
-            section, _, name = key.partition(".")
-            setattr(
-                getattr(config, section), name, facts.place.located(getattr(getattr(config, section), name))
-            )
+            section, name = key.split(".")
+            keys_here = getattr(config, section)
+            setattr(keys_here, name, facts.located(getattr(keys_here, name)))
