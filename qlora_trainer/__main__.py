@@ -18,9 +18,9 @@ from difflib import get_close_matches
 
 from qlora_trainer import __version__, commands
 from qlora_trainer.errors import ConfigError, PreemptedError, explained
+from qlora_trainer.system.quiet import quiet_libraries
 from qlora_trainer.system.redact import masked_output
 from qlora_trainer.system.streams import lasting_output
-from qlora_trainer.track.quiet import quiet_libraries
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 

@@ -98,7 +98,7 @@ def test_the_ban_lets_ordinary_code_pass() -> None:
 
 # Who writes otherwise than by `disk.write_json` and `disk.write_text`, which mask secrets, and why it may.
 WRITERS = {
-    "checkpoint/disk.py": "is that writer",
+    "system/disk.py": "is that writer",
     "checkpoint/format.py": "masks documents itself, and its manifest holds names and digests",
     "config/claim.py": "writes what `to_yaml` has masked",
     "data/page.py": "masks the data and not the script around them",

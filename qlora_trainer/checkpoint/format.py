@@ -31,9 +31,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qlora_trainer.checkpoint.disk import to_json
 from qlora_trainer.errors import CheckpointError
 from qlora_trainer.system import redact
+from qlora_trainer.system.disk import to_json
 
 VERSION = 1
 ADAPTER = "adapter_model.safetensors"

@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from qlora_trainer.checkpoint import disk, format
-from qlora_trainer.checkpoint.disk import atomic_write, publish_folder
+from qlora_trainer.checkpoint import format
 from qlora_trainer.errors import CheckpointError
+from qlora_trainer.system import disk
+from qlora_trainer.system.disk import atomic_write, publish_folder
 
 __all__ = ["atomic_write", "checkpoints", "publish_folder", "retain", "save", "space_needed"]
 

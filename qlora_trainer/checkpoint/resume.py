@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from qlora_trainer.checkpoint import disk, format, publish
+from qlora_trainer.checkpoint import format, publish
 from qlora_trainer.checkpoint.format import Checkpoint
 from qlora_trainer.errors import CheckpointError
+from qlora_trainer.system import disk
 
 CHECKPOINTS = "checkpoints"
 

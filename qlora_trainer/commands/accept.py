@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from qlora_trainer.checkpoint import disk, publish, resume
+from qlora_trainer.checkpoint import publish, resume
 from qlora_trainer.checkpoint.format import Checkpoint
 from qlora_trainer.checkpoint.same import check_same_run, covered
 from qlora_trainer.commands.parts import PLAN_FILE, Run
@@ -21,6 +21,7 @@ from qlora_trainer.errors import ConfigError
 from qlora_trainer.optim import schedule
 from qlora_trainer.plan import screen
 from qlora_trainer.plan.plan import RunPlan
+from qlora_trainer.system import disk
 from qlora_trainer.train.state import RunState, changed_surroundings
 
 

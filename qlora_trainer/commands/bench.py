@@ -8,11 +8,11 @@ from pathlib import Path
 
 from rich.table import Table
 
-from qlora_trainer.checkpoint.disk import write_json
 from qlora_trainer.commands import wiring
 from qlora_trainer.commands.plan import plan_of
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.system.disk import write_json
 from qlora_trainer.system.terminal import results
 
 

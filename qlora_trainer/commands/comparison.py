@@ -9,20 +9,20 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from qlora_trainer.checkpoint.disk import write_json, write_text
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data import TokenizedData
 from qlora_trainer.evaluate import report
 from qlora_trainer.evaluate.fullest import LATEST, fullest, read_results
-from qlora_trainer.evaluate.generate import Sampling
 from qlora_trainer.evaluate.held_out import HeldOut
 from qlora_trainer.evaluate.score import score_base_and_tuned
 from qlora_trainer.export.card import with_measured
 from qlora_trainer.export.fingerprint import sha256
+from qlora_trainer.inference.generate import Sampling
 from qlora_trainer.inference.load import ADAPTER_WEIGHTS
 from qlora_trainer.inference.stop import pad_id
 from qlora_trainer.model.forward import Forward
 from qlora_trainer.system import redact
+from qlora_trainer.system.disk import write_json, write_text
 from qlora_trainer.system.terminal import to_stderr
 
 FILE = "evaluation.json"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qlora_trainer.checkpoint.disk import write_json
 from qlora_trainer.commands import report, wiring
 from qlora_trainer.commands.comparison import compare, record
 from qlora_trainer.commands.fit import check_fit
@@ -16,6 +15,7 @@ from qlora_trainer.export.fingerprint import sha256
 from qlora_trainer.inference.load import ADAPTER_WEIGHTS, find_adapter, load
 from qlora_trainer.model.forward import ReferenceForward
 from qlora_trainer.model.limits import limits_of
+from qlora_trainer.system.disk import write_json
 from qlora_trainer.system.terminal import console, results, to_stderr
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from qlora_trainer.checkpoint.disk import lock, require_place
 from qlora_trainer.commands import report, wiring
 from qlora_trainer.commands.verify import exports_folder, subject, verify_exports
 from qlora_trainer.config.frozen import as_dict
@@ -20,6 +19,7 @@ from qlora_trainer.export.formats import Exporter
 from qlora_trainer.export.snippet import base_name
 from qlora_trainer.export.source import ExportOptions, Rows, Source
 from qlora_trainer.model.load import DTYPES, pick_device
+from qlora_trainer.system.disk import lock, require_place
 from qlora_trainer.system.terminal import console
 
 

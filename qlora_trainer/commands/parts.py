@@ -20,7 +20,6 @@ from rich.console import RenderableType
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from qlora_trainer.checkpoint.disk import atomic_write
 from qlora_trainer.checkpoint.format import ADAPTER, Checkpoint
 from qlora_trainer.commands import wiring
 from qlora_trainer.commands.fit import check_fit
@@ -42,6 +41,7 @@ from qlora_trainer.model.source import resolve
 from qlora_trainer.plan import screen
 from qlora_trainer.plan.plan import RunPlan, check, compare
 from qlora_trainer.system import redact
+from qlora_trainer.system.disk import atomic_write
 from qlora_trainer.system.terminal import console
 from qlora_trainer.track import jsonl
 from qlora_trainer.train.distributed import Ranks

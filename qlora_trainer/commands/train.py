@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
-from qlora_trainer.checkpoint import disk, publish, resume
+from qlora_trainer.checkpoint import publish, resume
 from qlora_trainer.commands import comparison, report, wiring
 from qlora_trainer.commands.accept import accept, check, learning_rate
 from qlora_trainer.commands.parts import (
@@ -46,7 +46,7 @@ from qlora_trainer.model.load import load_tokenizer, pick_device
 from qlora_trainer.objectives.sft import sft
 from qlora_trainer.optim import make_optimizer
 from qlora_trainer.plan.plan import RunPlan
-from qlora_trainer.system import redact
+from qlora_trainer.system import disk, redact
 from qlora_trainer.system.processes import follow_launcher
 from qlora_trainer.system.terminal import console
 from qlora_trainer.track import Tracker

@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from qlora_trainer.checkpoint.disk import write_text
 from qlora_trainer.commands import report, wiring
 from qlora_trainer.commands.evaluate import run_folder
 from qlora_trainer.config.schema import RunConfig
@@ -32,6 +31,7 @@ from qlora_trainer.inference.load import (
 from qlora_trainer.inference.stop import pad_id, stop_ids
 from qlora_trainer.model.load import BaseOptions, load_tokenizer, pick_device, pick_dtype
 from qlora_trainer.model.source import resolve
+from qlora_trainer.system.disk import write_text
 from qlora_trainer.system.terminal import console, results
 
 

@@ -15,7 +15,6 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from qlora_trainer.checkpoint.disk import require_place
 from qlora_trainer.config import checks, claim
 from qlora_trainer.config.frozen import as_dict
 from qlora_trainer.config.schema import RunConfig
@@ -24,6 +23,7 @@ from qlora_trainer.data.rows import supported
 from qlora_trainer.data.scan import check_rows
 from qlora_trainer.errors import ConfigError, MissingInputError
 from qlora_trainer.model import source
+from qlora_trainer.system.disk import require_place
 
 
 def check(config: RunConfig, command: str) -> None:

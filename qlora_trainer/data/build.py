@@ -18,7 +18,6 @@ from pathlib import Path
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from qlora_trainer.checkpoint import disk
 from qlora_trainer.data.encode import Dropped, Encoder, Masking
 from qlora_trainer.data.example import Example
 from qlora_trainer.data.options import DataOptions
@@ -31,6 +30,7 @@ from qlora_trainer.data.sources import Files, OpenSource, open_source
 from qlora_trainer.data.store import VERSION, DroppedRow, TokenizedData, Writer, is_built
 from qlora_trainer.data.templates import resolve_template, template_source
 from qlora_trainer.errors import ConfigError, DataError
+from qlora_trainer.system import disk
 from qlora_trainer.system.terminal import to_stderr
 
 BATCH = 512  # rows tokenized at a time

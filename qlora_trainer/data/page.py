@@ -12,10 +12,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from qlora_trainer.checkpoint.disk import atomic_write, disk_errors
 from qlora_trainer.data.screen import facts, warnings
 from qlora_trainer.data.survey import BatchRow, Survey
 from qlora_trainer.system import redact
+from qlora_trainer.system.disk import atomic_write, disk_errors
 
 LEDGER_ROWS = 10_000  # shown in the page; the rest are counted
 

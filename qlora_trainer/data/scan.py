@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from qlora_trainer.checkpoint.disk import atomic_write
 from qlora_trainer.data import formats
 from qlora_trainer.data.example import Example
 from qlora_trainer.data.lines import place
@@ -32,6 +31,7 @@ from qlora_trainer.data.sources import Files, Hub, OpenSource, open_source
 from qlora_trainer.data.trees import join_trees
 from qlora_trainer.errors import CheckpointError, DataError
 from qlora_trainer.system import cache, redact
+from qlora_trainer.system.disk import atomic_write
 from qlora_trainer.system.terminal import to_stderr
 
 VERSION = 5  # of how rows are read and checked

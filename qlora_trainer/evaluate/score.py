@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
-from qlora_trainer.evaluate.generate import Sampling, generate
 from qlora_trainer.evaluate.held_out import HeldOut
 from qlora_trainer.evaluate.match import match
 from qlora_trainer.evaluate.perplexity import evaluating, measure_loss
 from qlora_trainer.evaluate.report import Scores
+from qlora_trainer.inference.generate import Sampling, generate
 from qlora_trainer.inference.stop import pad_id
 from qlora_trainer.model.forward import Forward
 from qlora_trainer.model.residual import base_alone

@@ -24,7 +24,6 @@ import torch
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_trainer.checkpoint.disk import publish_folder, write_json, write_text
 from qlora_trainer.export import snippet
 from qlora_trainer.export.card import Card, licence_files, licence_of, render
 from qlora_trainer.export.source import Rows
@@ -35,6 +34,7 @@ from qlora_trainer.model.load import BaseOptions
 from qlora_trainer.model.residual import adapter_settings, published_tensors
 from qlora_trainer.model.source import BUILTIN, resolve
 from qlora_trainer.system import redact
+from qlora_trainer.system.disk import publish_folder, write_json, write_text
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import BitsAndBytesConfig
 
-from qlora_trainer.checkpoint.disk import write_json
 from qlora_trainer.export.base import BLOCK
 from qlora_trainer.export.merge import Merge, Progress
 from qlora_trainer.export.shards import write_index
+from qlora_trainer.system.disk import write_json
 
 
 def write(merge: Merge, folder: Path, kind: str, progress: Progress | None = None) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from qlora_trainer.checkpoint.disk import publish_folder, require_space, write_json, write_text
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.export import bnb, gguf, snippet
 from qlora_trainer.export.base import Base
@@ -28,6 +27,7 @@ from qlora_trainer.export.shards import narrow
 from qlora_trainer.export.source import ExportOptions, Source
 from qlora_trainer.inference.load import ADAPTER_WEIGHTS, check_base, read_json
 from qlora_trainer.system import redact
+from qlora_trainer.system.disk import publish_folder, require_space, write_json, write_text
 
 FORMATS = ("adapter", "merged", "gptq", "awq", "rtn", "int8", "nf4", "gguf")
 RECIPE = "export.json"

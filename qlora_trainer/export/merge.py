@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qlora_trainer.checkpoint.disk import write_json
 from qlora_trainer.errors import CheckpointError, ConfigError
 from qlora_trainer.export.base import Base
 from qlora_trainer.export.delta import Updates
 from qlora_trainer.export.shards import ShardWriter, write_index
 from qlora_trainer.model.files import SINGLE
 from qlora_trainer.model.shards import ShardReader
+from qlora_trainer.system.disk import write_json
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 

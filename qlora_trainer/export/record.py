@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_trainer.checkpoint.disk import write_json
 from qlora_trainer.evaluate.fullest import LATEST, fullest, read_results
+from qlora_trainer.system.disk import write_json
 from qlora_trainer.system.terminal import to_stderr
 
 RESULT = "verify.json"

@@ -16,9 +16,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from qlora_trainer.checkpoint.disk import atomic_write, to_json
 from qlora_trainer.model.files import INDEX
 from qlora_trainer.model.shards import NAMES, ShardReader
+from qlora_trainer.system.disk import atomic_write, to_json
 
 
 class ShardWriter:

@@ -47,7 +47,6 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from qlora_trainer.checkpoint.disk import write_text
 from qlora_trainer.errors import CheckpointError, ConfigError
 from qlora_trainer.evaluate.match import Question, match
 from qlora_trainer.export.card import markdown_table, with_measured
@@ -56,6 +55,7 @@ from qlora_trainer.export.judge import AGAIN, BOUNDS, Failure, judge, nats
 from qlora_trainer.export.record import RESULT, store
 from qlora_trainer.export.worker_log import last_line
 from qlora_trainer.inference.load import ADAPTER_WEIGHTS, read_json
+from qlora_trainer.system.disk import write_text
 
 CONVERSATION = [
     {"role": "user", "content": "  Two spaces, 1234 digits and äöü —  what is 12+34?"},

@@ -18,7 +18,7 @@ from qlora_trainer.data.chat import ChatTemplate
 from qlora_trainer.data.problems import RowError
 from qlora_trainer.data.templates import template_source
 from qlora_trainer.errors import ConfigError, DataError
-from qlora_trainer.evaluate.generate import Sampling
+from qlora_trainer.inference.generate import Sampling
 from qlora_trainer.inference.load import Loaded
 from qlora_trainer.inference.stop import pad_id
 from qlora_trainer.model.limits import limits_of

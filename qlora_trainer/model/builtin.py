@@ -27,9 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from qlora_trainer.checkpoint import disk
 from qlora_trainer.errors import CheckpointError, MissingInputError
-from qlora_trainer.system import cache
+from qlora_trainer.system import cache, disk
 from qlora_trainer.system.terminal import to_stderr
 
 if TYPE_CHECKING:

@@ -28,9 +28,8 @@ import torch
 from filelock import FileLock, Timeout
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from qlora_trainer.checkpoint import disk
 from qlora_trainer.model.shards import sample
-from qlora_trainer.system import cache, redact
+from qlora_trainer.system import cache, disk, redact
 
 LAYOUT = 1  # raise when what is kept, or how, changes
 SHARD = "500MB"  # of the checkpoint; writing holds one of them in memory

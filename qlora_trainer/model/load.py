@@ -32,8 +32,8 @@ from qlora_trainer.model.files import KEY, strays
 from qlora_trainer.model.shards import stored_tensors
 from qlora_trainer.model.skeleton import first_line, read_configuration, stored_method
 from qlora_trainer.model.source import read_config, resolve, weight_files
+from qlora_trainer.system.quiet import quiet_gptqmodel
 from qlora_trainer.system.terminal import to_stderr
-from qlora_trainer.track.quiet import quiet_gptqmodel
 
 BLOCKSIZE = 64  # elements that share one quantization constant, bitsandbytes' default and the paper's
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

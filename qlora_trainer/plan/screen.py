@@ -10,9 +10,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from qlora_trainer.checkpoint.disk import write_json
 from qlora_trainer.plan.hardware import GIB
 from qlora_trainer.plan.plan import RunPlan
+from qlora_trainer.system.disk import write_json
 
 
 def write(plan: RunPlan, path: Path, measured: Mapping[str, float] | None = None) -> None:

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qlora_trainer.checkpoint.disk import atomic_write, disk_errors
 from qlora_trainer.errors import CheckpointError
+from qlora_trainer.system.disk import atomic_write, disk_errors
 
 SYNC_SECONDS = 5.0
 BAD = ".bad"  # appended to the file's name

@@ -21,7 +21,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined, TemplateError
 from markupsafe import Markup
 
 from qlora_trainer import __version__
-from qlora_trainer.checkpoint.disk import atomic_write
+from qlora_trainer.system.disk import atomic_write
 from qlora_trainer.track import report_headline, report_results, report_setup, report_view
 from qlora_trainer.track.report_files import RunFiles, read_run
 from qlora_trainer.track.report_view import Headline, Section

@@ -28,8 +28,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from qlora_trainer.checkpoint.disk import write_json
 from qlora_trainer.errors import CheckpointError, PreemptedError
+from qlora_trainer.system.disk import write_json
 from qlora_trainer.system.processes import STOP_SIGNALS
 
 GRACE = 10.0  # seconds an interruptible phase gets to let go

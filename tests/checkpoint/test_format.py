@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_trainer.checkpoint import disk, format
+from qlora_trainer.checkpoint import format
 from qlora_trainer.errors import CheckpointError
+from qlora_trainer.system import disk
 from tests.checkpoint import samples
 
 FILES = [*sorted(format.REQUIRED), format.MANIFEST]

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora_trainer.checkpoint import disk, format, publish
+from qlora_trainer.checkpoint import format, publish
 from qlora_trainer.errors import CheckpointError
+from qlora_trainer.system import disk
 from tests.checkpoint import samples
 
 
@@ -155,7 +156,7 @@ def test_space_for_what_exists_at_the_same_time_is_asked_for(
 
 def test_two_processes_cannot_work_in_one_folder(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from qlora_trainer.checkpoint import disk\n"
+        "import sys; from pathlib import Path; from qlora_trainer.system import disk\n"
         "from qlora_trainer.errors import CheckpointError\n"
         "try: disk.lock(Path(sys.argv[1]))\n"
         "except CheckpointError as error: sys.exit(str(error))"

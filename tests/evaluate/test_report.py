@@ -4,11 +4,11 @@ import peft
 import torch
 from rich.console import Console
 
-from qlora_trainer.evaluate.generate import Sampling
 from qlora_trainer.evaluate.held_out import HeldOut
 from qlora_trainer.evaluate.match import Question
 from qlora_trainer.evaluate.report import comparison, show
 from qlora_trainer.evaluate.score import score_base_and_tuned
+from qlora_trainer.inference.generate import Sampling
 from qlora_trainer.model.forward import ReferenceForward
 from qlora_trainer.objectives.sft import sft
 from tests import tiny

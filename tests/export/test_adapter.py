@@ -9,8 +9,8 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 
 from qlora_trainer.errors import CheckpointError, MissingInputError
-from qlora_trainer.evaluate.generate import Sampling, generate
 from qlora_trainer.export.adapter import TrainedOn, export_adapter
+from qlora_trainer.inference.generate import Sampling, generate
 from qlora_trainer.inference.load import load, trained_base
 from qlora_trainer.model.load import BaseOptions, load_base
 from qlora_trainer.model.lora import LoraOptions, attach

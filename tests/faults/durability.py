@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from qlora_trainer.checkpoint import disk
+from qlora_trainer.system import disk
 
 _watching: list[Recorder] = []  # an audit hook stays for the life of the process
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from qlora_trainer.checkpoint import disk, format, publish, resume
+from qlora_trainer.checkpoint import format, publish, resume
+from qlora_trainer.system import disk
 from tests.checkpoint import samples
 
 SAVED_BEFORE = (1, 2)

@@ -21,8 +21,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora_trainer.checkpoint import disk, format, resume
+from qlora_trainer.checkpoint import format, resume
 from qlora_trainer.errors import CheckpointError
+from qlora_trainer.system import disk
 from tests.checkpoint import samples
 from tests.faults import failures, hooks, killing, strace
 from tests.faults.scene import STEPS, Scene, differences

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_trainer.checkpoint import disk
+from qlora_trainer.system import disk
 from qlora_trainer.track import jsonl
 from tests.faults import killing
 from tests.faults.durability import Recorder

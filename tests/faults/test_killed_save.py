@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_trainer.checkpoint import disk
+from qlora_trainer.system import disk
 from tests.faults import killing
 
 EVERY = 20  # points are tried in every run of the tests; scripts/fault_sweep tries all

@@ -4,8 +4,8 @@ import dataclasses
 import pytest
 
 from qlora_trainer.errors import ConfigError
-from qlora_trainer.evaluate.generate import Sampling, generate
 from qlora_trainer.inference.chat import Chat, ChatOptions, prompt_ids
+from qlora_trainer.inference.generate import Sampling, generate
 from qlora_trainer.inference.load import load
 from tests.export import runs
 

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_trainer.__main__ import main
-from qlora_trainer.checkpoint import disk
 from qlora_trainer.errors import MissingInputError
 from qlora_trainer.model import cache, load
 from qlora_trainer.model.assemble import assemble
 from qlora_trainer.model.load import BaseOptions, load_base
 from qlora_trainer.system import cache as system_cache
+from qlora_trainer.system import disk
 from tests import tiny
 from tests.damage import DAMAGE, Damage
 from tests.model.test_assemble import assert_same, truncate

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qlora_trainer.__main__ import main
-from qlora_trainer.checkpoint import disk
+from qlora_trainer.system import disk
 from qlora_trainer.track.jsonl import read
 from tests import tiny
 
@@ -114,7 +114,7 @@ def test_a_second_start_beside_a_running_one_changes_nothing(
     world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = snapshot(world / "run")
-    hold = "import sys; from qlora_trainer.checkpoint import disk; from pathlib import Path\n"
+    hold = "import sys; from qlora_trainer.system import disk; from pathlib import Path\n"
     hold += "held = disk.lock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     other = subprocess.Popen(
         [sys.executable, "-c", hold, str(world / "run")],

@@ -1,7 +1,7 @@
 import peft
 import torch
 
-from qlora_trainer.evaluate.generate import Sampling, generate, pad_left
+from qlora_trainer.inference.generate import Sampling, generate, pad_left
 from tests import tiny
 
 PROMPTS = [[5, 9, 12], [7, 8, 9, 10, 11, 30, 31], [44], [100, 101, 102, 103]]

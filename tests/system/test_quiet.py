@@ -10,7 +10,7 @@ import pytest
 def test_an_extra_that_is_installed_greets_nobody(library, tmp_path):
     pytest.importorskip(library)
     code = (
-        "from qlora_trainer.track.quiet import quiet_gptqmodel, quiet_libraries\n"
+        "from qlora_trainer.system.quiet import quiet_gptqmodel, quiet_libraries\n"
         "quiet_libraries()\n"
         "quiet_gptqmodel()\n"
         f"import peft, {library}\n"
