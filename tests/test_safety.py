@@ -100,8 +100,8 @@ def test_the_ban_lets_ordinary_code_pass() -> None:
 WRITERS = {
     "system/disk.py": "is that writer",
     "checkpoint/format.py": "masks documents itself, and its manifest holds names and digests",
-    "config/claim.py": "writes what `to_yaml` has masked",
     "data/page.py": "masks the data and not the script around them",
+    "data/scan.py": "masks its record and adds a digest to it",
     "data/store.py": "masks its ledger line by line",
     "export/kquants.py": "opens the log of a worker that masks its output",
     "export/probe.py": "answers `verify` through a private temporary folder",

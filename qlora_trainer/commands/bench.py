@@ -8,10 +8,10 @@ from pathlib import Path
 
 from rich.table import Table
 
-from qlora_trainer.commands import wiring
-from qlora_trainer.commands.plan import plan_of
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.jobs import wiring
+from qlora_trainer.jobs.planning import plan_of
 from qlora_trainer.system.disk import write_json
 from qlora_trainer.system.terminal import results
 

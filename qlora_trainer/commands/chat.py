@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from qlora_trainer.commands.evaluate import run_folder
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.inference.chat import Chat, ChatOptions
 from qlora_trainer.inference.generate import Sampling
 from qlora_trainer.inference.load import load
+from qlora_trainer.jobs.wiring import run_folder
 from qlora_trainer.system.terminal import printable
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from qlora_trainer.commands import report, wiring
-from qlora_trainer.commands.comparison import compare, record
-from qlora_trainer.commands.fit import check_fit
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import DataError
 from qlora_trainer.evaluate.fullest import fullest, read_results
 from qlora_trainer.evaluate.harness import FILE, Harness, table
 from qlora_trainer.export.fingerprint import sha256
 from qlora_trainer.inference.load import ADAPTER_WEIGHTS, find_adapter, load
+from qlora_trainer.jobs import page, wiring
+from qlora_trainer.jobs.comparison import compare, record
+from qlora_trainer.jobs.fit import check_fit
 from qlora_trainer.model.forward import ReferenceForward
 from qlora_trainer.model.limits import limits_of
 from qlora_trainer.system.disk import write_json
@@ -21,7 +19,7 @@ from qlora_trainer.system.terminal import console, results, to_stderr
 
 def run(config: RunConfig) -> None:
     """Prints the comparison and writes it to evaluation.json (and lm_eval.json) in the run's folder."""
-    folder = run_folder(config)
+    folder = wiring.run_folder(config)
     adapter_folder = find_adapter(folder)  # before anything heavy
     wanted = config.evaluate
     harness = Harness(wanted.lm_eval_tasks, wanted.lm_eval_path) if wanted.lm_eval_tasks else None
@@ -53,11 +51,4 @@ def run(config: RunConfig) -> None:
             measured = {"adapter": adapter, "limit": wanted.max_rows, **result}
             kept[task] = fullest(kept.get(task), measured, same=("adapter",), size=("limit", "rows"))
         write_json(folder / FILE, kept)
-    report.refresh(folder)
-
-
-def run_folder(config: RunConfig) -> Path:
-    """The finished run that a command is about: `run=…`, or where the recipe puts its run."""
-    folder = config.run or config.output_dir
-    assert folder is not None, "checked with the configuration"
-    return Path(folder)
+    page.refresh(folder)

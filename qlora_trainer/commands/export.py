@@ -8,8 +8,6 @@ from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from qlora_trainer.commands import report, wiring
-from qlora_trainer.commands.verify import exports_folder, subject, verify_exports
 from qlora_trainer.config.frozen import as_dict
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import ConfigError
@@ -18,6 +16,8 @@ from qlora_trainer.export.base import Held
 from qlora_trainer.export.formats import Exporter
 from qlora_trainer.export.snippet import base_name
 from qlora_trainer.export.source import ExportOptions, Rows, Source
+from qlora_trainer.jobs import page, wiring
+from qlora_trainer.jobs.verification import exports_folder, subject, verify_exports
 from qlora_trainer.model.load import DTYPES, pick_device
 from qlora_trainer.system.disk import lock, require_place
 from qlora_trainer.system.terminal import console
@@ -64,7 +64,7 @@ def run(config: RunConfig) -> None:
     if wanted.verify:
         verify_exports(config, folders)
     else:
-        report.refresh(root.parent)
+        page.refresh(root.parent)
     if wanted.push_to_hub is not None:
         for kind, folder in folders.items():
             name = wanted.push_to_hub if len(folders) == 1 else f"{wanted.push_to_hub}-{kind}"

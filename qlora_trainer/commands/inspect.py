@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from qlora_trainer.commands import wiring
-from qlora_trainer.commands.plan import facts_of, plan_of, settled
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data import TokenizedData, load_tokenized, screen
 from qlora_trainer.data.overlap import shared_documents
 from qlora_trainer.data.page import write_page
 from qlora_trainer.data.survey import Survey, survey
+from qlora_trainer.jobs import wiring
+from qlora_trainer.jobs.planning import facts_of, plan_of, settled
 from qlora_trainer.model.load import load_tokenizer
 from qlora_trainer.plan.settings import AUTO
 from qlora_trainer.system.terminal import results

@@ -4,25 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
-
-from qlora_trainer.config.frozen import with_values
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.errors import CheckpointError, MissingInputError
-from qlora_trainer.plan import architecture, hardware, screen, settings, shapes
-from qlora_trainer.plan.changes import cheapest
-from qlora_trainer.plan.decide import decide
-from qlora_trainer.plan.plan import RunPlan, check, make_plan
-from qlora_trainer.plan.settings import DataFacts
-from qlora_trainer.system.terminal import console, results
-
-if TYPE_CHECKING:
-    from qlora_trainer.data import TokenizedData
-
-READ_AT_ONCE = 64 << 20  # bytes
-QUANTILES = 256  # of the documents' lengths, for the padding
+from qlora_trainer.errors import CheckpointError
+from qlora_trainer.jobs.planning import data_here, plan_of
+from qlora_trainer.plan import screen
+from qlora_trainer.plan.plan import check
+from qlora_trainer.system.terminal import results
 
 
 def run(config: RunConfig) -> None:
@@ -47,104 +35,3 @@ def run(config: RunConfig) -> None:
             ) from error
         results.print(f"every number: {path}", style="dim", soft_wrap=True)
     check(plan)
-
-
-def data_here(config: RunConfig) -> DataFacts | None:
-    """What the data say, if they are files of a size that is read in seconds and the model has its tokenizer.
-
-    Training finds them in the cache.
-    """
-    from qlora_trainer.commands import wiring
-    from qlora_trainer.commands.fit import check_fit
-    from qlora_trainer.model.load import load_tokenizer
-
-    if config.data.path is None:
-        return None
-    sizes = [_size(source.path) for source in wiring.data_options(config).sources("train")]
-    if None in sizes or sum(size or 0 for size in sizes) > READ_AT_ONCE:
-        return None
-    try:
-        tokenizer = load_tokenizer(str(config.model.model_name_or_path), config.model.revision)
-    except MissingInputError:
-        return None
-    data = wiring.load_data(config, tokenizer)
-    if (limits := wiring.limits(config)) is not None:
-        for line in check_fit(limits, [data], tokenizer):
-            console.print(line, style="yellow")
-    return facts_of(data)
-
-
-def _size(source: str) -> int | None:
-    """Bytes of a local file or folder; None of anything else."""
-    path = Path(source).expanduser()
-    if source.startswith("builtin:"):
-        return 0
-    if path.is_dir():
-        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return path.stat().st_size if path.is_file() else None
-
-
-def plan_of(
-    config: RunConfig, data: DataFacts | None = None, world_size: int = 1, rows: int | None = None
-) -> RunPlan:
-    """The plan of `config` on the machine that `plan.gpu` names, or on this one.
-
-    `rows`: of a micro-batch, where the configuration says auto and the run has begun with some.
-
-    Raises:
-        MissingInputError: the model's config.json is not there.
-    """
-    return make_plan(config, machine(config), shape_of(config), data, world_size, rows)
-
-
-def settled(config: RunConfig, plan: RunPlan) -> RunConfig:
-    """`config` with the plan's micro-batch in the place of `auto`."""
-    return with_values(
-        config,
-        {
-            "train.per_device_train_batch_size": plan.rows,
-            "train.gradient_accumulation_steps": plan.accumulation,
-        },
-    )
-
-
-def remedies(config: RunConfig, data: DataFacts | None = None, world_size: int = 1) -> list[str]:
-    """Overrides with which `config` needs less than planned, the mildest first: for a plan that was wrong."""
-    hardware_here, shape = machine(config), shape_of(config)
-    asked = settings.from_config(config, hardware_here, shape, data, world_size)
-    settled_now = {"model.offload": decide(shape, asked, hardware_here).settings.offload}
-    found = cheapest(with_values(config, settled_now), hardware_here, shape, data, world_size)
-    return [f"{change.overrides} (peak {change.peak / 2**30:.1f} GiB)" for change in found]
-
-
-def facts_of(data: TokenizedData) -> DataFacts:
-    """What the plan needs of data that has been read: one epoch's documents, repeats included."""
-    tokens = max(1, round(float((data.lengths * data.repeats).sum())))
-    ascending = np.argsort(data.lengths, kind="stable")
-    seen = np.cumsum(data.repeats[ascending])
-    middles = (np.arange(QUANTILES) + 0.5) / QUANTILES * seen[-1]
-    places = np.minimum(np.searchsorted(seen, middles), len(ascending) - 1)
-    return DataFacts(
-        documents=max(1, round(float(seen[-1]))),
-        tokens=tokens,
-        supervised=round(tokens * data.n_supervised / data.n_tokens),
-        longest=int(data.lengths.max()),
-        lengths=tuple(int(length) for length in data.lengths[ascending][places]),
-    )
-
-
-def machine(config: RunConfig) -> hardware.Hardware:
-    """What `plan.gpu` describes, else the device that the run would take here."""
-    if config.plan.gpu is not None:
-        return hardware.parse(config.plan.gpu)
-    from qlora_trainer.model.load import pick_device
-
-    return hardware.detect(pick_device(config.model.device).type, Path(str(config.output_dir)))
-
-
-def shape_of(config: RunConfig) -> shapes.ModelShape:
-    from qlora_trainer.model.source import read_config, resolve
-
-    name = str(config.model.model_name_or_path)
-    source = resolve(name, config.model.revision)
-    return architecture.shape_of(read_config(name, config.model.revision), Path(source))

@@ -15,9 +15,18 @@ from torch import Tensor
 from transformers import set_seed
 
 from qlora_trainer.checkpoint import publish, resume
-from qlora_trainer.commands import comparison, report, wiring
-from qlora_trainer.commands.accept import accept, check, learning_rate
-from qlora_trainer.commands.parts import (
+from qlora_trainer.config import claim
+from qlora_trainer.config.frozen import as_dict
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.data import Batch, Loader
+from qlora_trainer.errors import PreemptedError, explained
+from qlora_trainer.evaluate.perplexity import LossSum, evaluating, measure_loss
+from qlora_trainer.export.adapter import TrainedOn, export_adapter
+from qlora_trainer.inference.stop import stop_ids
+from qlora_trainer.jobs import comparison, page, wiring
+from qlora_trainer.jobs.accept import accept, check, learning_rate
+from qlora_trainer.jobs.planning import remedies, settled
+from qlora_trainer.jobs.training import (
     Run,
     base_print,
     concerns,
@@ -30,15 +39,6 @@ from qlora_trainer.commands.parts import (
     memory_used,
     plan_run,
 )
-from qlora_trainer.commands.plan import remedies, settled
-from qlora_trainer.config import claim
-from qlora_trainer.config.frozen import as_dict
-from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.data import Batch, Loader
-from qlora_trainer.errors import PreemptedError, explained
-from qlora_trainer.evaluate.perplexity import LossSum, evaluating, measure_loss
-from qlora_trainer.export.adapter import TrainedOn, export_adapter
-from qlora_trainer.inference.stop import stop_ids
 from qlora_trainer.model.forward import ReferenceForward
 from qlora_trainer.model.fuse import GraphedMicroStep
 from qlora_trainer.model.fused.decoder import FusedForward
@@ -98,7 +98,7 @@ def run(config: RunConfig) -> None:
             if status.unwritten is not None:
                 console.print(f"status.json is not of the end: {status.unwritten}", style="yellow")
             if ranks.main and run.accepted:
-                report.refresh(folder)
+                page.refresh(folder)
             if code == PreemptedError.exit_code:
                 ranks.wait()  # a launcher ends all as soon as one is gone, rank 0 with its last word unsaid
 

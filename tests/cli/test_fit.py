@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
 from qlora_trainer.__main__ import main
-from qlora_trainer.commands import parts
+from qlora_trainer.jobs import training as parts
 from tests import tiny
 
 

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from qlora_trainer.commands.parts import facts_of_start
+from qlora_trainer.jobs.training import facts_of_start
 from qlora_trainer.train.distributed import Ranks
 from qlora_trainer.train.signals import Status
 from tests.faults.scene import Scene

@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from qlora_trainer.__main__ import main
-from qlora_trainer.commands.report import refresh
 from qlora_trainer.config.frozen import as_dict
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.jobs.page import refresh
 from qlora_trainer.track.report import FILE, write_report
 from qlora_trainer.track.report_headline import resumed_at
 from qlora_trainer.track.report_series import CURVES, STRETCHES, WHOLE, Series

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -170,3 +171,10 @@ def held_out_batches(
     pad = pad_id(tokenizer, stop_ids(tokenizer))
     rows = HeldOut.of(data, tokenizer, pad, max_rows=wanted.max_rows, batch_size=wanted.batch_size)
     return rows.batches[ranks.rank :: ranks.world_size]
+
+
+def run_folder(config: RunConfig) -> Path:
+    """The finished run that a command is about: `run=…`, or where the recipe puts its run."""
+    folder = config.run or config.output_dir
+    assert folder is not None, "checked with the configuration"
+    return Path(folder)

@@ -13,11 +13,11 @@ from typing import Any
 from qlora_trainer.checkpoint import publish, resume
 from qlora_trainer.checkpoint.format import Checkpoint
 from qlora_trainer.checkpoint.same import check_same_run, covered
-from qlora_trainer.commands.parts import PLAN_FILE, Run
-from qlora_trainer.commands.wiring import WHEN_LOADED
 from qlora_trainer.config import claim
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.jobs.training import PLAN_FILE, Run
+from qlora_trainer.jobs.wiring import WHEN_LOADED
 from qlora_trainer.optim import schedule
 from qlora_trainer.plan import screen
 from qlora_trainer.plan.plan import RunPlan

@@ -21,14 +21,14 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from qlora_trainer.checkpoint.format import ADAPTER, Checkpoint
-from qlora_trainer.commands import wiring
-from qlora_trainer.commands.fit import check_fit
-from qlora_trainer.commands.plan import facts_of, plan_of
 from qlora_trainer.config import claim
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data import TokenizedData, overlap
 from qlora_trainer.data.screen import NOTES, REASONS, worries
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.jobs import wiring
+from qlora_trainer.jobs.fit import check_fit
+from qlora_trainer.jobs.planning import facts_of, plan_of
 from qlora_trainer.model.fingerprint import base_fingerprint
 from qlora_trainer.model.forward import ReferenceForward
 from qlora_trainer.model.fuse import fuse
