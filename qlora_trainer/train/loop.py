@@ -32,6 +32,7 @@ from qlora_trainer.model.forward import Forward, TokenNll
 from qlora_trainer.train.distributed import Ranks
 from qlora_trainer.train.health import MemoryGuard, count_nonfinite, poison
 from qlora_trainer.train.readback import Pace, Readback
+from qlora_trainer.train.record import StepTag, is_finite, record_of
 
 PATIENCE = 5.0  # seconds of a step after which it is undone rather than finished when a run has to stop
 
@@ -72,19 +73,6 @@ class LoopOptions:
     save_steps: int = 0
     eval_steps: int = 0
     logging_steps: int = 1
-
-
-@dataclass(frozen=True)
-class StepTag:
-    """What travels beside a step's numbers until they arrive on the host."""
-
-    step: int
-    epoch: float
-    learning_rate: float
-    tokens: int
-    supervised: int
-    rows: tuple[int, ...]
-    batch: str
 
 
 class Optimizer(Protocol):
@@ -187,9 +175,9 @@ def train(
 
     def drain(everything: bool = False) -> None:
         for tag, (loss, grad_norm), seconds in readback.ready(drain=everything):
-            finite = _is_finite(loss) and _is_finite(grad_norm)
+            finite = is_finite(loss) and is_finite(grad_norm)
             if tag.step % options.logging_steps == 0 or tag.step == options.total_steps or not finite:
-                record(_record(tag, loss, grad_norm, seconds, finite))
+                record(record_of(tag, loss, grad_norm, seconds, finite))
             progress.nonfinite = count_nonfinite(progress.nonfinite, finite, tag.step, tag.rows)
 
     def save_now() -> None:
@@ -371,24 +359,3 @@ def _steps(loader: Loader, epoch: int, index: int) -> Iterator[StepBatch]:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _is_finite(value: float) -> bool:
-    return abs(value) < float("inf")  # false for NaN too
-
-
-def _record(tag: StepTag, loss: float, grad_norm: float, seconds: float, finite: bool) -> dict[str, Any]:
-    record: dict[str, Any] = {
-        "step": tag.step,
-        "epoch": round(tag.epoch, 4),
-        "loss": loss,
-        "learning_rate": tag.learning_rate,
-        "grad_norm": grad_norm,
-        "tokens": tag.tokens,
-        "supervised": tag.supervised,
-        "tokens_per_second": round(tag.tokens / seconds, 1) if seconds > 0 else None,
-        "batch": tag.batch,
-    }
-    if not finite:
-        record |= {"nonfinite": True, "rows": list(tag.rows)}
-    return record
