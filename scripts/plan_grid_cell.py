@@ -35,7 +35,7 @@ from qlora_trainer.plan import hardware, shapes
 from qlora_trainer.plan.hardware import GIB
 from qlora_trainer.plan.plan import RunPlan, make_plan
 from qlora_trainer.plan.settings import DataFacts
-from qlora_trainer.train.loop import MicroStep
+from qlora_trainer.train.job import MicroStep
 
 LONGEST = 0  # as a cell's length: the longest that the plan says fits
 FURTHEST = 1 << 20  # tokens: as far as it looks

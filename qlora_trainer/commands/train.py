@@ -56,7 +56,8 @@ from qlora_trainer.track.report import FILE as REPORT
 from qlora_trainer.track.wandb import WandbTracker
 from qlora_trainer.train.distributed import Ranks
 from qlora_trainer.train.health import MemoryGuard
-from qlora_trainer.train.loop import LoopOptions, MicroStep, Progress, count_steps, train
+from qlora_trainer.train.job import Job, MicroStep, Progress, count_steps
+from qlora_trainer.train.loop import train
 from qlora_trainer.train.rehearsal import rehearse, widest
 from qlora_trainer.train.signals import Status, StopSignals
 from qlora_trainer.train.state import RunState
@@ -269,26 +270,25 @@ def _loop(
                 )
         with signals.phase("training"):
             train(
-                state.progress,
-                micro_step,
-                micro_step.scale,
-                state.optimizer,
-                loader,
-                learning_rate(config, total),
-                LoopOptions(
+                Job(
+                    state.progress,
+                    micro_step,
+                    state.optimizer,
+                    loader,
+                    ranks,
+                    memory,
+                    learning_rate(config, total),
                     total_steps=total,
                     max_grad_norm=config.train.max_grad_norm,
+                    log=log,
+                    save=save,
+                    tidy=tidy,
+                    evaluate=evaluate if held_out else None,
+                    stop_requested=signals.requested,
                     save_steps=config.checkpoint.save_steps,
                     eval_steps=config.evaluate.eval_steps,
                     logging_steps=config.train.logging_steps,
-                ),
-                ranks,
-                log=log,
-                save=save,
-                tidy=tidy,
-                evaluate=evaluate if held_out else None,
-                stop_requested=signals.requested,
-                memory=memory,
+                )
             )
     finally:
         for tracker in trackers:

@@ -45,7 +45,7 @@ from qlora_trainer.system.disk import atomic_write
 from qlora_trainer.system.terminal import console
 from qlora_trainer.track import jsonl
 from qlora_trainer.train.distributed import Ranks
-from qlora_trainer.train.loop import Progress
+from qlora_trainer.train.job import Progress
 from qlora_trainer.train.signals import Status, StopSignals
 from qlora_trainer.train.state import versions
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from qlora_trainer.checkpoint import rng
 from qlora_trainer.data.batch import Batch
 from qlora_trainer.train.health import MemoryGuard
-from qlora_trainer.train.loop import Optimizer
+from qlora_trainer.train.job import Optimizer
 
 
 def rehearse(

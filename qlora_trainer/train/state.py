@@ -21,7 +21,7 @@ from qlora_trainer.checkpoint import format, publish, rng
 from qlora_trainer.checkpoint.format import Checkpoint
 from qlora_trainer.model import residual
 from qlora_trainer.train.distributed import Ranks
-from qlora_trainer.train.loop import Optimizer, Progress
+from qlora_trainer.train.job import Optimizer, Progress
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 

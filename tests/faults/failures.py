@@ -32,7 +32,7 @@ from qlora_trainer.data import Loader
 from qlora_trainer.errors import REFUSALS, DataError, is_out_of_memory
 from qlora_trainer.optim.adamw import AdamW
 from qlora_trainer.track.jsonl import JsonlTracker
-from qlora_trainer.train.loop import MicroStep
+from qlora_trainer.train.job import MicroStep
 from tests.faults.scene import Scene, differences, metrics
 
 Raiser = Callable[[], BaseException]

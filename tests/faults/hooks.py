@@ -6,6 +6,7 @@ Also imports everything a run needs, so that forked runs start in milliseconds.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import resource
 import shutil
@@ -100,13 +101,13 @@ def _after_micro_batch(act: Callable[[Any], None]) -> None:
     """Calls `act(batch)` after every forward and backward, whichever path makes them."""
     original = loop._accumulate
 
-    def accumulate(micro_step: Callable[[Any], Any], *arguments: Any) -> Any:
+    def accumulate(job: Any, *arguments: Any) -> Any:
         def step(batch: Any) -> Any:
-            loss = micro_step(batch)
+            loss = job.micro_step(batch)
             act(batch)
             return loss
 
-        return original(step, *arguments)
+        return original(dataclasses.replace(job, micro_step=step), *arguments)
 
     setattr(loop, "_accumulate", accumulate)  # noqa: B010
 

@@ -12,7 +12,9 @@ from qlora_trainer.model.forward import ReferenceForward
 from qlora_trainer.objectives.sft import sft
 from qlora_trainer.optim.adamw import AdamW
 from qlora_trainer.train.distributed import Ranks
-from qlora_trainer.train.loop import LoopOptions, MicroStep, Progress, count_steps, train
+from qlora_trainer.train.health import MemoryGuard
+from qlora_trainer.train.job import Job, MicroStep, Progress, count_steps
+from qlora_trainer.train.loop import train
 from tests import tiny
 from tests.batches import collate, documents
 
@@ -58,10 +60,11 @@ def run(loader, *, steps=4, model=None, progress=None, **callbacks):
     micro_step = MicroStep(ReferenceForward(model), sft, CPU)
     records = []
     callbacks = {"log": records.append, "save": lambda progress: None} | callbacks
-    options = LoopOptions(total_steps=steps, max_grad_norm=1.0, save_steps=2)
     progress = train(
-        progress or Progress(), micro_step, micro_step.scale, optimizer, loader,
-        lambda step: 1e-3, options, Ranks(CPU), **callbacks,
+        Job(
+            progress or Progress(), micro_step, optimizer, loader, Ranks(CPU), MemoryGuard(CPU),
+            lambda step: 1e-3, total_steps=steps, max_grad_norm=1.0, save_steps=2, **callbacks,
+        )
     )  # fmt: skip
     return records, progress, [p.detach().clone() for _, p in parameters]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import peft
 import pytest
 import torch
@@ -14,7 +16,9 @@ from qlora_trainer.objectives.sft import sft
 from qlora_trainer.optim import make_optimizer
 from qlora_trainer.optim.schedule import learning_rate
 from qlora_trainer.train.distributed import Ranks
-from qlora_trainer.train.loop import LoopOptions, MicroStep, Progress, train
+from qlora_trainer.train.health import MemoryGuard
+from qlora_trainer.train.job import Job, MicroStep, Progress
+from qlora_trainer.train.loop import train
 from tests import tiny
 from tests.train.test_loop import Loader
 
@@ -61,11 +65,12 @@ def our_loop(folder: str, loader: Loader, name: str, dtype: torch.dtype) -> list
     optimizer = make_optimizer(name, model.named_parameters())
     micro_step = MicroStep(ReferenceForward(model), sft, CPU)
     records: list[dict] = []
+    schedule = partial(learning_rate, "cosine", peak=PEAK, warmup=WARMUP, total=STEPS)
     train(
-        Progress(), micro_step, micro_step.scale, optimizer, loader,
-        lambda step: learning_rate("cosine", step, peak=PEAK, warmup=WARMUP, total=STEPS),
-        LoopOptions(total_steps=STEPS, max_grad_norm=0.3), Ranks(CPU),
-        log=records.append, save=lambda progress: None,
+        Job(
+            Progress(), micro_step, optimizer, loader, Ranks(CPU), MemoryGuard(CPU), schedule,
+            total_steps=STEPS, max_grad_norm=0.3, log=records.append, save=lambda progress: None,
+        )
     )  # fmt: skip
     return [record["loss"] for record in records]
 
@@ -111,9 +116,11 @@ def test_every_architecture_takes_two_steps(tmp_path, architecture, method):
     micro_step = MicroStep(ReferenceForward(model), sft, CPU)
     records: list[dict] = []
     train(
-        Progress(), micro_step, micro_step.scale, optimizer, Loader(new_every_epoch=False), lambda step: 1e-2,
-        LoopOptions(total_steps=2, max_grad_norm=0.3), Ranks(CPU),
-        log=records.append, save=lambda progress: None,
+        Job(
+            Progress(), micro_step, optimizer, Loader(new_every_epoch=False), Ranks(CPU), MemoryGuard(CPU),
+            lambda step: 1e-2, total_steps=2, max_grad_norm=0.3, log=records.append,
+            save=lambda progress: None,
+        )
     )  # fmt: skip
     assert all(record["loss"] > 0 and record["grad_norm"] > 0 for record in records)
     changed = [n for n, p in model.named_parameters() if n in before and not torch.equal(p, before[n])]

@@ -82,7 +82,7 @@ def test_readers_are_as_the_schema_says(
     assert main(given) == 0  # resumed, which reads what may change
     check("train", reads)
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
-    monkeypatch.setattr("qlora_trainer.commands.verify.verify", lambda *given, **keywords: [])  # takes long
+    monkeypatch.setattr("qlora_trainer.jobs.verification.verify", lambda *given, **keywords: [])  # takes long
     commands = {
         "evaluate": [],
         "chat": ["chat.max_new_tokens=2"],

@@ -11,7 +11,7 @@ from qlora_trainer.model.lora import LoraOptions, attach
 from qlora_trainer.objectives.sft import sft
 from qlora_trainer.optim import make_optimizer
 from qlora_trainer.train.health import MemoryGuard
-from qlora_trainer.train.loop import MicroStep
+from qlora_trainer.train.job import MicroStep
 from qlora_trainer.train.rehearsal import rehearse, widest
 from tests import tiny
 from tests.batches import collate, documents

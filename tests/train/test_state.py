@@ -14,7 +14,7 @@ from qlora_trainer.model.load import BaseOptions, load_base
 from qlora_trainer.model.lora import LoraOptions, attach
 from qlora_trainer.optim.adamw import AdamW
 from qlora_trainer.train.distributed import Ranks
-from qlora_trainer.train.loop import Progress
+from qlora_trainer.train.job import Progress
 from qlora_trainer.train.state import RunState
 from tests import tiny
 
