@@ -10,6 +10,7 @@ not deleted.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -51,7 +52,9 @@ def find(run: Path, mode: str, *, warn: Callable[[str], None]) -> Checkpoint | N
     return None
 
 
-def set_aside(run: Path, after: int | None, products: Iterable[str] = ()) -> Path | None:
+def set_aside(
+    run: Path, after: int | None, products: Iterable[str] = (), copies: Iterable[str] = ()
+) -> Path | None:
     """Moves what lies ahead of the point where the run goes on out of its way.
 
     Args:
@@ -59,6 +62,7 @@ def set_aside(run: Path, after: int | None, products: Iterable[str] = ()) -> Pat
             lies ahead, so what moves is corrupt.
         products: files and folders that an earlier timeline leaves beside its checkpoints; they move
             with them when the run starts over.
+        copies: files that go with the products and stay as well, until they are written anew.
 
     Returns:
         The folder they are in now, or None if there were none.
@@ -77,4 +81,7 @@ def set_aside(run: Path, after: int | None, products: Iterable[str] = ()) -> Pat
             place = target / path.relative_to(run)
             place.parent.mkdir(parents=True, exist_ok=True)
             path.rename(place)
+        for name in copies:
+            if after is None and (run / name).is_file():
+                shutil.copy2(run / name, target / name)
     return target

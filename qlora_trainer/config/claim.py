@@ -98,6 +98,8 @@ def _refuse_another(folder: Path, config: RunConfig) -> None:
     before = identity(_read(folder), *kinds)
     now = identity(_plain(as_dict(config)), *kinds)
     open_ = {key for key in now if AUTO in (before[key], now[key])}
+    if "train.per_device_train_batch_size" in open_:  # then what is accumulated is not counted alike
+        open_.add("train.gradient_accumulation_steps")
     found = same.changed(_without(before, open_), _without(now, open_), config.checkpoint.allow_change)
     if found:
         raise ConfigError(

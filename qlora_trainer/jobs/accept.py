@@ -24,6 +24,8 @@ from qlora_trainer.plan.plan import RunPlan
 from qlora_trainer.system import disk
 from qlora_trainer.train.state import RunState, changed_surroundings
 
+METRICS = "metrics.jsonl"
+
 
 def check(run: Run, checkpoint: Checkpoint, identity: dict[str, Any], total: int) -> None:
     """Whether a run of this `identity` and of `total` steps may go on from `checkpoint`.
@@ -71,12 +73,16 @@ def accept(run: Run, state: RunState, plan: RunPlan, checkpoint: Checkpoint | No
     if run.ranks.main:
         _require_space(run, state, total)
     run.ranks.wait()
+    if run.ranks.main:
+        step = checkpoint.step if checkpoint is not None else None
+        products = [name for name in claim.PRODUCTS if (run.folder / name).exists()]
+        if products == [METRICS] and run.config.checkpoint.resume_from_checkpoint != "never":
+            products = []  # of a start that was killed before its first checkpoint: its steps are made again
+        if aside := resume.set_aside(run.folder, step, products, [claim.CONFIG_FILE]):
+            run.say(f"what an earlier start left is kept in {aside}", "yellow")
     run.accept()
     if run.ranks.main:
         screen.write(plan, run.folder / PLAN_FILE)
-        step = checkpoint.step if checkpoint is not None else None
-        if aside := resume.set_aside(run.folder, step, claim.PRODUCTS):
-            run.say(f"what an earlier start left is kept in {aside}", "yellow")
 
 
 def learning_rate(config: RunConfig, total: int) -> Callable[[int], float]:

@@ -249,9 +249,8 @@ def describe_training(run: Run, progress: Progress, first: int, seconds: float, 
     steps = progress.step - first
     if not steps:
         return Text(f"trained  already at step {progress.step}; nothing left to do")
-    lines = [
-        Text(f"trained  {steps} steps in {seconds:.0f} s; {progress.supervised:,} supervised tokens in all")
-    ]
+    count = "1 step" if steps == 1 else f"{steps} steps"
+    lines = [Text(f"trained  {count} in {seconds:.0f} s; {progress.supervised:,} supervised tokens in all")]
     if run.ranks.main:
         measured = memory_used(run.ranks.device) | speed_of(run.folder / "metrics.jsonl", first)
         lines += [Text(line, "yellow" * ("off by" in line)) for line in compare(plan, measured)]

@@ -86,9 +86,11 @@ def test_starting_over_takes_the_products_along(tmp_path: Path) -> None:
     samples.save(tmp_path / "checkpoints", 1)
     (tmp_path / "adapter").mkdir()
     (tmp_path / "metrics.jsonl").write_text("x")
+    (tmp_path / "config.yaml").write_text("seed: 1")
     products = ("adapter", "metrics.jsonl", "exports")
-    assert resume.set_aside(tmp_path, 1, products) is None, "going on is not starting over"
-    old = resume.set_aside(tmp_path, None, products)
+    assert resume.set_aside(tmp_path, 1, products, ["config.yaml"]) is None, "going on is not starting over"
+    old = resume.set_aside(tmp_path, None, products, ["config.yaml"])
     assert old == tmp_path / "old-1"
-    assert {path.name for path in old.iterdir()} == {"checkpoints", "adapter", "metrics.jsonl"}
+    assert {path.name for path in old.iterdir()} == {"checkpoints", "adapter", "metrics.jsonl", "config.yaml"}
+    assert (tmp_path / "config.yaml").read_text() == (old / "config.yaml").read_text()
     assert not (tmp_path / "adapter").exists() and not (tmp_path / "metrics.jsonl").exists()

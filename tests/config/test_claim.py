@@ -54,13 +54,14 @@ def test_the_file_says_what_runs_there(here: Path) -> None:
         "train.activations=full",
         "model.kernels=reference",  # against auto: what auto came to is compared when it is known
         "quantization.bnb_4bit_compute_dtype=bfloat16",
+        "train.per_device_train_batch_size=auto train.gradient_accumulation_steps=4",
     ],
 )
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_the_same_run_comes_back(change: str, checkpoint: bool) -> None:
     begin(checkpoint=checkpoint)
     claim.refuse(config())
-    claim.refuse(config(change))
+    claim.refuse(config(*change.split()))
 
 
 @pytest.mark.parametrize(

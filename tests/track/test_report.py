@@ -237,6 +237,34 @@ def test_the_page_says_what_the_files_say(tmp_path):
     assert page.text.count("trained model") == 1  # one table for all exports measured alike
 
 
+def test_a_fuller_result_and_the_latest_stand_beside_each_other(tmp_path):
+    files = documents()
+    scores = files["evaluation.json"]["held.jsonl"]
+    files["evaluation.json"]["held.jsonl"] = scores | {
+        "rows": 100,
+        "latest": scores | {"rows": 10, "tuned": {"loss": 0.625, "exact_match": 0.5}, "examples": []},
+    }
+    verified = files["exports/merged/verify.json"]
+    failed = {**verified["models"][2], "passed": False, "failures": ["it ends no answer"]}
+    files["exports/merged/verify.json"] = verified | {
+        "latest": {"measured_on": "3 rows of held.jsonl", "models": [*verified["models"][:2], failed]}
+    }
+    task = files["lm_eval.json"]["arc_easy"]
+    files["lm_eval.json"]["arc_easy"] = task | {"latest": task | {"rows": 2}}
+    page = Page(write(tmp_path / "run", files))
+    for said in (
+        "exact match 75% base 0%",  # the figure at the top is the fullest's
+        "held-out rows, 100 of them: held.jsonl",
+        "held-out rows, the latest 10: held.jsonl",
+        "loss (nats per token) 3.0000 0.6250",
+        "measured on 12 rows of held.jsonl",
+        "measured on 3 rows of held.jsonl",
+        "merged: it ends no answer",
+        "arc_easy acc, the latest 2 0.3125 0.4375",
+    ):
+        assert said in page.text, said
+
+
 def test_the_page_needs_nothing_but_itself(tmp_path):
     page = Page(write(tmp_path, documents()))
     assert not page.attributes & {"src", "href", "srcset", "action"} and not page.tags["link"]

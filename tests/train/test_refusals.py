@@ -198,7 +198,7 @@ def test_starting_over_keeps_all_that_was_there(world: Path) -> None:
     kept = {name: value[0] for name, value in snapshot(world / "over").items()}
     assert main(line(world, "lora.r=2", "checkpoint.resume_from_checkpoint=never", output="over")) == 0
     old = {name: value[0] for name, value in snapshot(world / "over" / "old-1").items()}
-    products = ("checkpoints", "adapter", "metrics.jsonl", "evaluation.json")
+    products = ("checkpoints", "adapter", "metrics.jsonl", "evaluation.json", "config.yaml")
     assert old and old == {name: value for name, value in kept.items() if name.startswith(products)}
 
 

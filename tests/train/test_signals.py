@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from qlora_trainer.train.signals import Status
+
 PROGRAM = """
 import os, sys, time
 from pathlib import Path
@@ -261,3 +263,24 @@ def test_a_signal_after_the_last_word_changes_nothing(tmp_path):
     child.send(signal.SIGTERM)
     assert child.end(60) == (0, "end\n")
     assert json.loads((tmp_path / "status.json").read_bytes())["state"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("content", "sessions"),
+    [
+        ('{"sessions": 5, "first_step": 1, "step": 2}', [{"first_step": 1, "step": 2}]),
+        ('{"sessions": ["x", {"first_step": 0, "step": 1}, {"step": 1}]}', [{"first_step": 0, "step": 1}]),
+        ("[1]", []),
+        ("null", []),
+        ('{"first_step"', []),
+        ("\xff", []),
+        ("[" * 100_000, []),
+    ],
+)
+def test_a_damaged_status_costs_what_it_told_and_no_run(
+    tmp_path: Path, content: str, sessions: object
+) -> None:
+    path = tmp_path / "status.json"
+    path.write_text(content, encoding="latin-1")
+    Status().write_to(path)
+    assert json.loads(path.read_text())["sessions"] == sessions
