@@ -33,7 +33,8 @@ def run(config: RunConfig) -> None:
     )
     held_out = wiring.load_held_out(config, loaded.tokenizer)
     if held_out:
-        for line in check_fit(limits_of(loaded.model), held_out, loaded.tokenizer):
+        remarks = [line for part in held_out for line in part.ledger.remarks]
+        for line in [*remarks, *check_fit(limits_of(loaded.model), held_out, loaded.tokenizer)]:
             console.print(line, style="yellow")
         forward = ReferenceForward(loaded.model)
         record(folder, compare(config, loaded.model, forward, loaded.tokenizer, loaded.stop_ids, held_out))

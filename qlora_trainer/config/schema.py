@@ -96,7 +96,11 @@ class DataConfig:
         place=Place.IF_THERE,
     )
     name: Optional[str] = _rows(None, CONTENT, "of a hub dataset's configuration", when=_HUB_DATA)
-    split: str = _rows("train", CONTENT, "which split of a dataset")
+    split: str = _rows(
+        "train",
+        CONTENT,
+        "of a dataset, of a folder or JSON document that holds several; `all`: everything local",
+    )
     revision: Optional[str] = _rows(None, CONTENT, "of a hub dataset: branch, tag or commit", when=_HUB_DATA)
     format: str = _rows(
         "auto", CONTENT, "auto | alpaca | messages | sharegpt | prompt_completion | text | oasst"

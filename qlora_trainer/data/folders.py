@@ -8,11 +8,11 @@ data (README.md, a licence) are no rows. What is passed over is said.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_trainer.data.rows import is_text, stem, supported
+from qlora_trainer.data.rows import READERS, is_text, stem, supported
 from qlora_trainer.data.splits import choose
 from qlora_trainer.errors import DataError
 
@@ -38,13 +38,18 @@ def files_in(folder: Path, split: str | None) -> tuple[list[Path], list[str]]:
         return _saved(folder), []
     found = [path for path in sorted(folder.rglob("*")) if path.is_file() and _is_data(path, folder)]
     if not found:
-        raise DataError(f"{folder}: a folder without files that can be read; check data.path")
+        raise DataError(f"{folder}: a folder without {' '.join(READERS)} files; check data.path")
     data = _without_papers(found)
     relative = {str(path.relative_to(folder)): path for path in data}
     words = {name: [*path.relative_to(folder).parts[:-1], stem(path)] for name, path in relative.items()}
     chosen = choose(words, split, str(folder))
-    papers = [str(path.relative_to(folder)) for path in found if path not in data]
+    papers = [name for name in (str(path.relative_to(folder)) for path in found) if name not in relative]
     remarks = _passed_over(folder, [name for name in relative if name not in chosen], split)
+    for where, kinds in _kinds(relative[name] for name in chosen).items():
+        if len(kinds) > 1:
+            remarks.append(
+                f"{where}: is there as {' and '.join(kinds)}, and all are read: the same rows twice?"
+            )
     if papers:
         remarks.append(
             f"{folder}: {_listed(papers)} not read: text beside data; to read it, name it as data.path"
@@ -63,6 +68,14 @@ def _without_papers(files: Sequence[Path]) -> list[Path]:
     """Without text beside tables, and without papers beside other text."""
     tables = [path for path in files if not is_text(path)]
     return tables or [path for path in files if stem(path).lower() not in PAPERS] or list(files)
+
+
+def _kinds(files: Iterable[Path]) -> dict[str, list[str]]:
+    """The endings of files by the rest of their names."""
+    found: dict[str, list[str]] = {}
+    for path in files:
+        found.setdefault(str(path.parent / stem(path)), []).append(path.name[len(stem(path)) :])
+    return found
 
 
 def _saved(folder: Path) -> list[Path]:

@@ -85,7 +85,8 @@ def _of_call(function: dict[str, Any], field: str, text: str) -> Iterator[Loss]:
         yield Loss(f"{field}.name", _snippet(function["name"]))
     arguments = function["arguments"]
     yield from _of_tree(arguments, f"{field}.arguments", text, names=True)
-    if str(arguments) in text and str(arguments) != json.dumps(arguments, ensure_ascii=False):
+    as_json = json.dumps(arguments, ensure_ascii=False)
+    if str(arguments) in text and as_json not in text:  # a thought may hold Python's words beside the call
         yield Loss(
             f"{field}.arguments", f"{_snippet(str(arguments))} as JSON (it is there as Python writes it)"
         )

@@ -45,11 +45,8 @@ def _join(rows: list[Row]) -> Row:
         elif root is None and node["parent_id"] is None:
             root = node
         else:
-            return Row(
-                first.file,
-                first.line,
-                Problem("parent_id", f"{node['parent_id']!r} is not a message of this tree"),
-            )
+            lost = f"{node['parent_id']!r} is not a message of this tree"
+            return first._replace(value=Problem("parent_id", lost))
     if root is None:
-        return Row(first.file, first.line, Problem("parent_id", "the tree's messages form a circle"))
-    return Row(first.file, first.line, {"message_tree_id": root["message_tree_id"], "prompt": root})
+        return first._replace(value=Problem("parent_id", "the tree's messages form a circle"))
+    return first._replace(value={"message_tree_id": root["message_tree_id"], "prompt": root})

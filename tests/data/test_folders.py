@@ -87,6 +87,13 @@ def test_papers_beside_data_are_no_rows(tmp_path: Path) -> None:
     assert remark.startswith(f"{place}: LICENSE.txt, README.md, notes.txt not read: text beside data")
 
 
+def test_one_name_in_two_kinds_is_told(tmp_path: Path) -> None:
+    place = folder(tmp_path, "a/train.jsonl", "a/train.csv.gz", "b/train.jsonl")
+    assert files_in(place, "train")[1] == [
+        f"{place / 'a/train'}: is there as .csv.gz and .jsonl, and all are read: the same rows twice?"
+    ]
+
+
 def test_a_folder_of_texts_is_read_without_its_papers(tmp_path: Path) -> None:
     place = folder(tmp_path, "README.md", "a.md", "b.txt")
     assert read(place) == ["a.md", "b.txt"]

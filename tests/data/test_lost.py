@@ -250,6 +250,16 @@ def test_arguments_in_pythons_words_are_lost() -> None:
     assert isinstance(found, RowError) and "as JSON (it is there as Python writes it)" in found.problem.text
 
 
+def test_a_thought_may_say_in_pythons_words_what_the_call_says_in_json() -> None:
+    asked, _, *rest = called({"town": "Ulm"})
+    call = called({"town": "Ulm"}, said="So {'town': 'Ulm'} it is.")[1]
+    source = (
+        HEAD + "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function|tojson }}{% endfor %}" + TAIL
+    )
+    found = outcome(encoder(source), (asked, call, *rest))
+    assert isinstance(found, str) and 'it is.{"name": "weather", "arguments": {"town": "Ulm"}}' in found
+
+
 def test_a_system_text_that_mistral_drops_is_lost() -> None:
     turns = [Message("system", "Be brief."), *thinking("", None, None)]
     found = outcome(encoder(None, family="mistral3"), tuple(turns))
