@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
+import torch
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from qlora_trainer.config.frozen import as_dict
@@ -18,7 +19,7 @@ from qlora_trainer.export.snippet import base_name
 from qlora_trainer.export.source import ExportOptions, Rows, Source
 from qlora_trainer.jobs import page, wiring
 from qlora_trainer.jobs.verification import exports_folder, subject, verify_exports
-from qlora_trainer.model.load import DTYPES, pick_device
+from qlora_trainer.model.load import DTYPES, load_base, pick_device
 from qlora_trainer.system.disk import lock, require_place
 from qlora_trainer.system.terminal import console
 
@@ -52,7 +53,7 @@ def run(config: RunConfig) -> None:
 
     dtype = None if wanted.dtype == "auto" else DTYPES[wanted.dtype]
     options = wiring.taken(ExportOptions, wanted, dtype=dtype)
-    exporter = Exporter(source, options, root, device, _calibration(config, source), progress)
+    exporter = Exporter(source, options, root, device, _calibration(config, source, device), progress)
     exporter.check(wanted.format)  # before the lock, which makes a file
     for kind in wanted.format:
         for limit in exporter.limits(kind):
@@ -95,22 +96,31 @@ def _data_names(config: RunConfig) -> list[str]:
     return [str(path["path"] if isinstance(path, dict) else path) for path in paths if path]
 
 
-def _calibration(config: RunConfig, source: Source) -> Callable[[], Sequence[Sequence[int]]]:
+def _calibration(
+    config: RunConfig, source: Source, device: torch.device
+) -> Callable[[], Sequence[Sequence[int]]]:
     wanted = config.export
+    kinds = wanted.calibration if isinstance(wanted.calibration, list) else [wanted.calibration]
+    length, seed, tokenizer = wanted.calibration_length, config.seed, source.tokenizer
+
+    def of(kind: str, samples: int) -> list[list[int]]:
+        if kind == "self":
+            console.print(f"calibrating on {samples} x {length} tokens that the base makes up", style="dim")
+            base = load_base(subject(config).options, device)
+            return calibration.made_up(base, tokenizer, samples, length, seed)
+        if kind != "train":
+            text = calibration.load_text(kind, tokenizer, length, samples)
+            return calibration.sequences(text, samples, length, seed)
+        if config.data.path is None:
+            raise ConfigError(
+                "export.calibration=train: this adapter brings no training data; name some with "
+                "data.path=FILE, or set export.calibration=self, c4, wikitext or a file"
+            )
+        return calibration.sequences(wiring.load_data(config, tokenizer), samples, length, seed)
 
     @cache
     def sequences() -> Sequence[Sequence[int]]:
-        if wanted.calibration == "train":
-            if config.data.path is None:
-                raise ConfigError(
-                    "export.calibration=train: this adapter brings no training data; name some with "
-                    "data.path=FILE, or set export.calibration=c4, wikitext or a file"
-                )
-            data = wiring.load_data(config, source.tokenizer)
-        else:
-            data = calibration.load_text(
-                wanted.calibration, source.tokenizer, wanted.calibration_length, wanted.calibration_samples
-            )
-        return calibration.sequences(data, wanted.calibration_samples, wanted.calibration_length, config.seed)
+        shares = calibration.shares(wanted.calibration_samples, len(kinds))
+        return [row for kind, share in zip(kinds, shares, strict=True) for row in of(kind, share)]
 
     return sequences

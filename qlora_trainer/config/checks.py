@@ -152,6 +152,9 @@ def _choices(flat: dict[str, Any]) -> Iterator[str]:
         yield f"lora.target_modules: {target!r} is not all-linear, nor a list of module names [q_proj,v_proj]"
     if flat["lora.modules_to_save"] == []:
         yield "lora.modules_to_save: an empty list; name modules, or null for none"
+    text = flat["export.calibration"]
+    if not isinstance(text, str) and not _names(text):
+        yield f"export.calibration: {text!r} is neither train, self, c4, wikitext, a file nor a list of such"
     limit = flat["checkpoint.resume_from_checkpoint"]
     if limit.lower() in ("true", "false", "yes", "no", "none", ""):
         yield (

@@ -83,7 +83,12 @@ class LoraConfig:
     modules_to_save: Optional[list[str]] = _training(None, SAME, "modules that are trained whole")
     use_rslora: bool = _training(False, SAME, "scale by lora_alpha / sqrt(r)")
     use_dora: bool = _training(False, SAME, "weight-decomposed adapters")
-    init_lora_weights: Any = _training(True, SAME, "true | gaussian | …, as PEFT")
+    init_lora_weights: Any = _training(
+        True,
+        SAME,
+        "true | gaussian | orthogonal | pissa | pissa_niter_4 | olora; the last three begin in the weights "
+        "of an unquantized base and are stored as plain LoRA of rank 2r",
+    )
     dtype: str = _training("bfloat16", SAME, "of the adapter in the forward pass; masters are always float32")
 
 
@@ -270,10 +275,11 @@ class ExportConfig:
         "f16 | bf16 | q8_0 | q6_k | q5_k_m | q5_1 | q5_0 | q4_k_m | q4_1 | q4_0",
         when=When("export.format", ("gguf",)),
     )
-    calibration: str = _exporting(
+    calibration: Any = _exporting(
         "train",
         FREE,
-        "the run's training rows | c4 | wikitext | a file or dataset",
+        "train: the run's rows | self: what the base says unasked | c4 | wikitext | a file or dataset; "
+        "or a list of them, in equal parts",
         when=_CALIBRATED,
         place=Place.IF_PLAIN,
     )

@@ -23,9 +23,14 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from qlora_trainer.errors import CheckpointError, ConfigError
-from qlora_trainer.inference.load import ADAPTER_CONFIG, ADAPTER_PREFIX, ADAPTER_WEIGHTS, read_json
+from qlora_trainer.inference.load import (
+    ADAPTER_CONFIG,
+    ADAPTER_PREFIX,
+    ADAPTER_WEIGHTS,
+    open_adapter,
+    read_json,
+)
 from qlora_trainer.model import residual
-from qlora_trainer.model.shards import ShardReader
 
 # Settings of LoraConfig under which a layer computes something that no single weight expresses.
 _NOT_A_WEIGHT = {
@@ -140,7 +145,7 @@ def read_updates(adapter: Path) -> Updates:
     config = read_json(adapter / ADAPTER_CONFIG)
     _refuse(config, adapter)
     init = config.get("init_lora_weights")
-    reader = ShardReader(adapter / ADAPTER_WEIGHTS)
+    reader = open_adapter(adapter)
     updates = Updates()
     for key in reader.slots:
         name = key.removeprefix(ADAPTER_PREFIX)

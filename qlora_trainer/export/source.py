@@ -79,7 +79,7 @@ class ExportOptions:
     sym: bool = True
     desc_act: bool = False
     gguf_type: str = "q8_0"
-    calibration: str = "train"
+    calibration: str | list[str] = "train"
     calibration_samples: int = 128
     calibration_length: int = 512
     overwrite: bool = False

@@ -187,8 +187,7 @@ def put_adapter(model: PreTrainedModel, adapter: Path) -> peft.PeftModel:
         ConfigError: an adapter whose base was changed in a way that cannot be computed again.
     """
     residual.check_foreign(read_json(adapter / ADAPTER_CONFIG), adapter)
-    if not (adapter / ADAPTER_WEIGHTS).is_file():
-        raise CheckpointError(f"{adapter}: no adapter_model.safetensors in it, and no pickle is read")
+    open_adapter(adapter)  # that they are there
     fit_embeddings(model, adapter)
     try:
         config = peft.PeftConfig.from_pretrained(str(adapter))
@@ -206,7 +205,7 @@ def put_adapter(model: PreTrainedModel, adapter: Path) -> peft.PeftModel:
         raise CheckpointError(
             f"{adapter}: this adapter belongs to another base than {model.name_or_path}: {misfit}"
         ) from error
-    stored = {key: slot.dtype for key, slot in ShardReader(adapter / ADAPTER_WEIGHTS).slots.items()}
+    stored = {key: slot.dtype for key, slot in open_adapter(adapter).slots.items()}
     for name, parameter in tuned.named_parameters():
         key = name.replace(".modules_to_save.default", "").replace(".default", "")
         if key in stored:  # PEFT makes parameters in the base's dtype, whatever the file holds
@@ -215,6 +214,17 @@ def put_adapter(model: PreTrainedModel, adapter: Path) -> peft.PeftModel:
         residual.begin_foreign(tuned, str(init))
     tuned.eval()
     return tuned
+
+
+def open_adapter(adapter: Path) -> ShardReader:
+    """The tensors of an adapter, read when asked for.
+
+    Raises:
+        CheckpointError: there are none, or they are damaged.
+    """
+    if not (adapter / ADAPTER_WEIGHTS).is_file():
+        raise CheckpointError(f"{adapter}: no {ADAPTER_WEIGHTS} in it, and no pickle is read")
+    return ShardReader(adapter / ADAPTER_WEIGHTS)
 
 
 @torch.no_grad()
@@ -228,7 +238,7 @@ def fit_embeddings(model: PreTrainedModel, adapter: Path) -> None:
     names = [f"{name}." for name, module in model.named_modules() if module is inner or module is head]
     rows = {
         slot.shape[0]
-        for key, slot in ShardReader(adapter / ADAPTER_WEIGHTS).slots.items()
+        for key, slot in open_adapter(adapter).slots.items()
         if "lora_" not in key and key.removeprefix(ADAPTER_PREFIX).startswith(tuple(names))
     }
     before = inner.weight.shape[0]

@@ -1,10 +1,13 @@
 """Calibration: equal sequences of the run's own tokens, none used twice, and too few said before any work."""
 
+import copy
+
 import pytest
+import torch
 
 from qlora_trainer.data import DataOptions, load_tokenized
 from qlora_trainer.errors import DataError
-from qlora_trainer.export.calibration import load_text, sequences
+from qlora_trainer.export.calibration import load_text, made_up, sequences, shares
 from tests import tiny
 
 
@@ -38,3 +41,26 @@ def test_any_file_that_training_reads_will_do(tmp_path, monkeypatch):
     path.write_text('{"text": "something else entirely, and long enough to be cut"}\n' * 40)
     found = sequences(load_text(str(path), tiny.tokenizer(), 64, 4), 4, 64, seed=0)
     assert tiny.tokenizer().decode(found[0]).startswith("something else")
+
+
+def test_several_sources_share_the_sequences():
+    assert shares(128, 1) == [128] and shares(128, 2) == [64, 64] and shares(8, 3) == [3, 3, 2]
+
+
+def test_the_base_makes_up_text_that_is_its_own_and_the_seeds():
+    model = tiny.model().eval()
+    found = made_up(model, tiny.tokenizer(), 4, 32, seed=1)
+    assert [len(sequence) for sequence in found] == [32] * 4
+    assert {sequence[0] for sequence in found} == {tiny.tokenizer().bos_token_id}
+    assert (
+        found == made_up(model, tiny.tokenizer(), 4, 32, seed=1) != made_up(model, tiny.tokenizer(), 4, 32, 2)
+    )
+    sharp = tiny.model().eval()
+    sharp.lm_head.weight.data *= 1e4  # now one token is certain: what is drawn follows the model
+    with torch.no_grad():
+        ids = torch.tensor(made_up(sharp, tiny.tokenizer(), 1, 32, seed=1))
+        assert torch.equal(sharp(input_ids=ids).logits[0, :-1].argmax(-1), ids[0, 1:])
+    bare = copy.copy(tiny.tokenizer())
+    bare.bos_token = None
+    begun = {sequence[0] for sequence in made_up(model, bare, 4, 8, seed=1)}
+    assert len(begun) > 1 and max(begun) < 263

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from qlora_trainer.errors import CheckpointError
 from qlora_trainer.export.base import Base, Held
 from qlora_trainer.export.delta import read_updates
 from qlora_trainer.export.equality import compare
@@ -68,3 +69,11 @@ def test_a_revision_is_kept_where_the_base_is_named_as_the_adapter_names_it(tmp_
     assert trained_base(run.adapter).revision == "abc"
     assert trained_base(run.adapter, "owner/model").revision == "abc"
     assert trained_base(run.adapter, str(run.base)).revision is None
+
+
+def test_an_adapter_without_safetensors_is_said_wherever_it_is_read(tmp_path):
+    run = runs.make(tmp_path)
+    (run.adapter / "adapter_model.safetensors").rename(run.adapter / "adapter_model.bin")
+    for read in (read_updates, load):
+        with pytest.raises(CheckpointError, match=r"no adapter_model\.safetensors in it, and no pickle"):
+            read(run.adapter)
