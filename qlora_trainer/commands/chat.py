@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from io import TextIOWrapper
 
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.inference.chat import Chat, ChatOptions
@@ -31,6 +32,8 @@ def run(config: RunConfig) -> None:
         seed=config.seed,
     )
     talk = Chat(loaded, ChatOptions(sampling, wanted.system), _write)
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a byte that is no text in its encoding ends no conversation
     if sys.stdin.isatty():
         print("/reset starts over, /quit leaves, Ctrl-C stops an answer")
     talk.run(_typed() if sys.stdin.isatty() else sys.stdin)

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_trainer.data.chat import ChatTemplate
 from qlora_trainer.data.control import encode_texts
 from qlora_trainer.data.example import Example
-from qlora_trainer.data.layout import Rendering, Span
+from qlora_trainer.data.layout import HiddenTurnError, Rendering, Span
 from qlora_trainer.data.lost import losses
 from qlora_trainer.data.problems import RowError
 from qlora_trainer.errors import ConfigError
@@ -129,6 +129,13 @@ class Encoder:
         assert self.template is not None, "conversations need a template"
         try:
             layout = self.template.layout(example)
+        except HiddenTurnError as error:
+            layout = error.rendering  # of which something may be missing, and that is why
+            if self.on_lost == "warn" or not any(losses(example, layout, reads_thoughts=False)):
+                return RowError(*error.problem)
+        except RowError as error:
+            return error
+        try:
             self._check_lost(example, layout, self.template)
         except RowError as error:
             return error

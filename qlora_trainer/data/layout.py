@@ -7,8 +7,8 @@ Most stock templates carry no `{% generation %}` tag, so spans are found by rend
 
 * A turn *starts* where the generation prompt ends: `render(messages[:i], add_generation_prompt=True)`
   is exactly what the model is given at inference. It has to be a prefix of the full rendering. Where it is
-  not (a template that opens the model's turn with `<think>` and later strips it), the turn starts at its
-  content, found by a mark.
+  not (a prompt opens the turn with `<think>`, and this one has no thought), the turn starts where the two
+  part, or, if they part before it, at its content, found by a mark.
 * Content *ends* at a mark put behind its last visible character. Trimming templates do not move it, and
   taking all marks out has to give the full rendering again, character for character.
 * A turn *stops* with the first end-of-turn text behind its content that the template put there, before
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from qlora_trainer.data.chat import ChatTemplate
 
 MARKS = tuple((chr(0xE000 + 2 * n), chr(0xE001 + 2 * n)) for n in range(8))  # private use: no text has them
+BORDER = re.compile(r"[\s>\]:]")  # a character that ends a role or a tag
 Messages = list[dict[str, Any]]
 Tools = list[dict[str, Any]] | None
 
@@ -65,6 +66,18 @@ class Rendering:
     shadow: str
     spans: tuple[Span, ...] = ()
     as_prompted: bool = True
+
+
+class HiddenTurnError(RowError):
+    """A turn whose place in a rendering cannot be told."""
+
+    def __init__(self, at: int, rendering: Rendering) -> None:
+        super().__init__(
+            f"messages[{at}]",
+            "the chat template rewrites this turn so that its place cannot be told; "
+            "mark it with {% generation %} in a template of your own (data.template=FILE)",
+        )
+        self.rendering = rendering
 
 
 class Layout:
@@ -104,20 +117,41 @@ class Layout:
         spans: list[Span] = []
         for at in self.turns:
             stop = ends.get((at, True))
-            opened, start = spans[-1].stop if spans else 0, None
-            if self.full.startswith(self.prompts[at]) and (stop is None or len(self.prompts[at]) <= stop):
-                opened = start = len(self.prompts[at])
-            else:
+            opened = start = self.start(at, stop)
+            if start is None:
+                opened = spans[-1].stop if spans else 0
                 start = self.locate([(at, False)]).get((at, False))
             end = None if start is None else self.close(at, start, stop)
             if start is None or end is None:
-                raise RowError(
-                    f"messages[{at}]",
-                    "the chat template rewrites this turn so that its place cannot be told; "
-                    "mark it with {% generation %} in a template of your own (data.template=FILE)",
-                )
-            spans.append(Span(start, end[0], at, True, end[1], opened))
+                raise HiddenTurnError(at, Rendering(self.full, self.shadow))
+            spans.append(Span(start, end[0], at, True, end[1], opened or 0))
         return spans
+
+    def start(self, at: int, content: int | None) -> int | None:
+        """Where a turn starts by its prompt: behind it, or where the rendering leaves it, after its role.
+
+        `content` is where its visible content ends. None where the prompt shows another conversation.
+        """
+        prompt = self.prompts[at]
+        latest = len(self.full) if content is None else content
+        if self.full.startswith(prompt) and len(prompt) <= latest:
+            return len(prompt)
+        before = self.whole(at)
+        if before is None:
+            return None
+        pairs = enumerate(zip(prompt, self.full, strict=False))
+        common = next((at for at, (asked, said) in pairs if asked != said), min(len(prompt), len(self.full)))
+        while common > before and not BORDER.match(self.full[common - 1]):
+            common -= 1  # `<think>` and `<tool_call>` begin alike
+        return common if before < common <= latest else None
+
+    def whole(self, count: int) -> int | None:
+        """How much of the rendering the first `count` messages are, if they are its beginning."""
+        try:
+            text = self.render(self.messages[:count])
+        except RowError:  # a conversation that may not end here
+            return None
+        return len(text) if text and self.full.startswith(text) else None
 
     def weighted(self) -> list[Span]:
         """The contents of others that have a weight of their own."""
@@ -160,12 +194,8 @@ class Layout:
         """A place before which the turn's text ends, as near as can be told, and whether it is the end."""
         if at == len(self.messages) - 1:
             return len(self.full), True
-        try:
-            whole = self.render(self.messages[: at + 1])
-        except RowError:  # a conversation that may not end here
-            whole = ""
-        if whole and self.full.startswith(whole):
-            return len(whole), True
+        if whole := self.whole(at + 1):
+            return whole, True
         following = [(at + 1, False)] if self.messages[at + 1]["content"].strip() else []
         for place in self.locate(following).values():
             return place, False

@@ -53,6 +53,7 @@ GROWING = {"batch", "format", "indent", "join", "replace", "slice", "tojson", "w
 GROWING |= {"center", "expandtabs", "ljust", "rjust", "to_bytes", "translate", "zfill"}
 COMPARING = {"eq", "==", "equalto", "ne", "!=", "lt", "<", "lessthan", "le", "<=", "gt", ">", "greaterthan"}
 COMPARING |= {"ge", ">=", "in"}
+COSTLY = GROWING | SPLITTING | {"count", "format_map", "index"}  # methods that are measured
 AT_ONCE = QUICK | COMPARING | GROWING  # filters and tests that do not take a text to pieces
 _TEXT = (str, bytes)
 _OPEN = (Collection, Namespace)
@@ -184,8 +185,12 @@ class Environment(ImmutableSandboxedEnvironment):
         owner = getattr(method, "__self__", None)
         if not isinstance(owner, _VALUES):
             return super().call(__context, __obj, *args, **kwargs)
+        if method.__name__ not in COSTLY:
+            __self.purse.go(CALL)
+            return super().call(__context, __obj, *args, **kwargs)
         args = __self._drained(args)
-        __self._pay(method.__name__, owner, (*args, *kwargs.values()), is_filter=False)
+        named = [value for name, value in kwargs.items() if name not in _HANDED]
+        __self._pay(method.__name__, owner, (*args, *named), is_filter=False)
         return __self._made(super().call(__context, __obj, *args, **kwargs))
 
     def _limited(self, function: Any, name: str) -> Callable[..., Any]:
@@ -318,6 +323,7 @@ def line_of(error: BaseException) -> int | None:
     return line
 
 
+_HANDED = ("_loop_vars", "_block_vars")  # what Jinja itself hands to calls
 _SURROUNDINGS = (Context, jinja2.Environment, nodes.EvalContext)  # what Jinja itself hands to filters
 _ROUND, _CONCAT, _SEEN = "(round)", "~", "(seen)"  # names that no template can write
 

@@ -1,21 +1,29 @@
-"""Standard output and error of a process whose terminal, pipe or log may go away while it works.
+"""Standard streams of a process: what a terminal cannot show is spelt, and one that goes away ends nothing.
 
-In: `sys.stdout` and `sys.stderr`. Out: the same, for as long as somebody reads them. A reader that has gone
-(`… | head`, a terminal that was closed) ends nothing: what follows is written to nowhere. What goes on is
-said on stderr, and a disk too full for it ends nothing either; results go to stdout, and a disk that does
-not take them is an error.
+In: `sys.stdout` and `sys.stderr`. Out: the same, in whatever encoding they have (`LANG=C`, Latin-1): a
+character that is not in it is written in ASCII, as `-` for a dash or `\\U0001f642`. They last for as long as
+somebody reads them: a reader that has gone (`… | head`, a terminal that was closed) ends nothing, and what
+follows is written to nowhere. What goes on is said on stderr, and a disk too full for it ends nothing either;
+results go to stdout, and a disk that does not take them is an error.
 """
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import TextIOWrapper
 from typing import Any, TextIO, TypeVar, cast
 
 T = TypeVar("T")
+SPELT = "qlora_trainer.spelt"  # the name of an error handler
+LOOKALIKES = str.maketrans(
+    {"–": "-", "—": "-", "…": "...", "×": "x", "·": "-", "→": "->", "≤": "<=", "≥": ">=", "±": "+-"}
+    | {"█": "#", "▏": "|", "Δ": "d"}
+)
 _GONE = {errno.EPIPE, errno.EIO, errno.ENXIO}  # a pipe without reader, a terminal that hung up
 
 
@@ -57,8 +65,22 @@ class LastingStream:
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """Whatever is printed inside goes out for as long as somebody takes it."""
+    """Whatever is printed inside goes out, in any encoding, for as long as somebody takes it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors=SPELT)
     out, err = LastingStream(sys.stdout, needed=True), LastingStream(sys.stderr, needed=False)
     with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, err)):
         yield
         err.flush()
+
+
+def _spelt(error: UnicodeError) -> tuple[str, int]:
+    """An error handler for `str.encode`: ASCII in place of what cannot be encoded."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    there = error.object[error.start : error.end].translate(LOOKALIKES)
+    return there.encode("ascii", "backslashreplace").decode(), error.end
+
+
+codecs.register_error(SPELT, _spelt)

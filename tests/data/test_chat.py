@@ -169,6 +169,59 @@ def test_a_template_with_generation_tags_is_taken_at_its_word_and_its_stop_token
     )
 
 
+OPENING = (  # its prompt opens, and closes, a thought that a rendering may not have
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function|tojson }}</tool_call>{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+)
+
+
+def test_a_turn_starts_where_its_prompt_and_its_rendering_part() -> None:
+    """A thought, a call without words and an answer, none of which begins as the prompt does."""
+    tok = tokenizer("smollm2")
+    template = ChatTemplate(OPENING, "test", tok)
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    messages = (
+        Message("user", "two plus two"),
+        Message("assistant", "", extra={"tool_calls": [call]}),
+        Message("tool", "4"),
+        Message("assistant", "four", extra={"reasoning_content": "It is there."}),
+        Message("user", "Sure?"),
+        Message("assistant", "Yes."),
+    )
+    text = marked(tok, encode(tok, template, messages))
+    assert text.count("⟦") == 3
+    assert '\n⟦<tool_call>{"name": "add", "arguments": {"a": 2}}</tool_call><|im_end|>⟧\n' in text
+    assert "<think>\n⟦It is there.\n</think>\n\nfour<|im_end|>⟧\n" in text
+    assert text.endswith("<|im_start|>assistant\n⟦Yes.<|im_end|>⟧\n")
+    assert not template.layout(Example(messages)).as_prompted
+
+
+def test_a_call_without_words_is_found_where_a_last_turn_is_rendered_otherwise() -> None:
+    """Qwen3 puts an empty thought into a last turn, so the conversation up to the call is no beginning."""
+    tok = tokenizer("qwen2")
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ '<think>\n\n</think>\n\n' if loop.last and m.role != 'user' }}{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}"
+        "<tool_call>{{ c.function|tojson }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    said = (("user", "a"), ("assistant", ""), ("tool", "4"), ("user", "c"), ("assistant", "b"))
+    messages = tuple(
+        Message(role, text, extra=None if text else {"tool_calls": [call]}) for role, text in said
+    )
+    text = marked(tok, encode(tok, ChatTemplate(source, "test", tok), messages))
+    head, called = "<|im_start|>assistant\n", '{"name": "add", "arguments": {"a": 2}}'
+    assert text == (
+        f"<|im_start|>user\na<|im_end|>\n{head}⟦<tool_call>{called}</tool_call>"
+        "<|im_end|>⟧\n<|im_start|>tool\n4<|im_end|>\n<|im_start|>user\nc<|im_end|>\n"
+        f"{head}⟦<think>\n\n</think>\n\nb<|im_end|>⟧\n"
+    )
+
+
 def test_tool_calls_are_supervised_and_tool_answers_are_not() -> None:
     tok = tokenizer("qwen2")
     template = resolve_template(None, tok, ["messages"])

@@ -141,6 +141,13 @@ def test_what_is_lost_is_an_error_that_names_field_and_template(
     assert going_on.notes["lost_content"] == [0]
 
 
+def test_a_turn_whose_call_is_lost_is_not_only_said_to_be_hidden() -> None:
+    """Without end tokens nothing tells where the empty turn ends, but what is missing can be told."""
+    source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    found = outcome(encoder(source), called({"town": "Ulm"}))
+    assert isinstance(found, RowError) and found.problem.field == "messages[1].tool_calls[0].function.name"
+
+
 def test_a_value_elsewhere_in_the_conversation_does_not_stand_for_the_call() -> None:
     """The user, the tool and the answer all say what the call says; the call's own turn is empty."""
     call = {"type": "function", "function": {"name": "weather", "arguments": {"town": "Ulm"}}}

@@ -59,6 +59,8 @@ def test_a_family_renders_as_in_transformers(family: str, prompt: bool) -> None:
         "{{ messages|selectattr('role', 'equalto', 'user')|map(attribute='content')|join('|') }}",
         "{{ {'a': 'é', 'b': [1, 2.5, true]}|tojson(indent=2) }}{{ 'x'|indent(2, true) }}{{ 'q'.center(9) }}",
         "{% set x %}a{{ 'b' * 3 }}{{ [0] * 2 + [1] }}{% endset %}{{ x }}{{ x is eq('abbb') }}{{ 2 ** 10 }}",
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{{ m.get('role') }}"
+        "{% for k, v in m.items() %}{{ k ~ ns.n }}{% endfor %}{% endfor %}",
         "{{ messages[::-1][0].content[1:] }}{{ messages|length - 1 }}{{ 'a' in 'abc' }}{{ 5 in [1, 5] }}",
     ],
 )
