@@ -22,6 +22,7 @@ from qlora_trainer.model.files import KEY
 from qlora_trainer.model.fingerprint import base_fingerprint
 from qlora_trainer.model.load import DTYPES, BaseOptions, load_base, load_tokenizer, pick_device, pick_dtype
 from qlora_trainer.model.shards import ShardReader
+from qlora_trainer.model.skeleton import read_configuration
 from qlora_trainer.model.source import resolve
 from qlora_trainer.system.redact import require_whole
 
@@ -151,11 +152,11 @@ def load(
         attn_implementation=attn_implementation,
         cache_quantized=cache_quantized,
     )
-    check_base(adapter, resolve(options.name_or_path, options.revision), options.revision)
-    model = load_base(options, pick_device(device))
-    tuned = put_adapter(model, adapter)
+    source = resolve(options.name_or_path, options.revision)
+    check_base(adapter, source, options.revision)
+    tuned = put_adapter(load_base(options, pick_device(device)), adapter)
     tokenizer = load_adapter_tokenizer(adapter, options)
-    return Loaded(tuned, tokenizer, adapter_stops(adapter, tokenizer, model))
+    return Loaded(tuned, tokenizer, adapter_stops(adapter, tokenizer, source, options.revision))
 
 
 def load_base_alone(folder: str | Path, base: str | None = None, device: str = "auto") -> Loaded:
@@ -168,7 +169,9 @@ def load_base_alone(folder: str | Path, base: str | None = None, device: str = "
     model = load_base(options, pick_device(device))
     fit_embeddings(model, adapter)
     tokenizer = load_adapter_tokenizer(adapter, options)
-    return Loaded(model.eval(), tokenizer, adapter_stops(adapter, tokenizer, model))
+    source = resolve(options.name_or_path, options.revision)
+    stops = adapter_stops(adapter, tokenizer, source, options.revision)
+    return Loaded(model.eval(), tokenizer, stops)
 
 
 def load_adapter_tokenizer(adapter: Path, options: BaseOptions) -> PreTrainedTokenizerBase:
@@ -251,14 +254,22 @@ def fit_embeddings(model: PreTrainedModel, adapter: Path) -> None:
 
 
 def adapter_stops(
-    adapter: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None
+    adapter: Path, tokenizer: PreTrainedTokenizerBase, source: str, revision: str | None
 ) -> list[int]:
-    """The stop tokens stored with the adapter, or else the base's and the template's own."""
+    """The stop tokens stored with the adapter, or else those of its base in `source`, and the template's."""
     from qlora_trainer.inference.stop import stop_ids
 
-    if (adapter / "generation_config.json").is_file():
-        return stop_ids(tokenizer, GenerationConfig.from_pretrained(adapter))
-    return stop_ids(tokenizer, None if model is None else model.generation_config)
+    own = adapter / "generation_config.json"
+    defaults = GenerationConfig.from_pretrained(adapter) if own.is_file() else base_defaults(source, revision)
+    return stop_ids(tokenizer, defaults)
+
+
+def base_defaults(source: str, revision: str | None) -> GenerationConfig:
+    """How a base generates: as its generation_config.json says, or without one its config.json."""
+    try:
+        return GenerationConfig.from_pretrained(source, revision=revision)
+    except OSError:
+        return GenerationConfig.from_model_config(read_configuration(source, revision))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data import TokenizedData
@@ -20,6 +20,7 @@ from qlora_trainer.export.record import RESULT, store
 from qlora_trainer.export.verify import Sample, Yardstick, markdown, result, table, verify
 from qlora_trainer.inference.load import (
     adapter_stops,
+    base_defaults,
     check_base,
     find_adapter,
     load_adapter_tokenizer,
@@ -102,8 +103,7 @@ def subject(config: RunConfig) -> Subject:
         )
         source = resolve(name, options.revision)
         tokenizer = load_tokenizer(name, options.revision)
-        stored = Path(source) / "generation_config.json"
-        defaults = GenerationConfig.from_pretrained(source) if stored.is_file() else None
+        defaults = base_defaults(source, options.revision)
         record = {"method": "none", "revision": options.revision}
         return Subject(None, options, source, record, tokenizer, stop_ids(tokenizer, defaults))
     adapter = find_adapter(config.export.adapter or run_folder(config))
@@ -117,7 +117,7 @@ def subject(config: RunConfig) -> Subject:
         source,
         training_record(adapter) or {"method": "none", "revision": options.revision},
         tokenizer,
-        adapter_stops(adapter, tokenizer),
+        adapter_stops(adapter, tokenizer, source, options.revision),
     )
 
 

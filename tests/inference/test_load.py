@@ -13,7 +13,7 @@ from qlora_trainer.export.base import Base, Held
 from qlora_trainer.export.delta import read_updates
 from qlora_trainer.export.equality import compare
 from qlora_trainer.export.merge import Merge
-from qlora_trainer.inference.load import load, load_base_alone, trained_base
+from qlora_trainer.inference.load import adapter_stops, load, load_base_alone, trained_base
 from tests.export import runs
 
 MORE = torch.tensor([[6, 7, 264, 8, 270, 9]])  # of 263 tokens and eight new ones
@@ -77,3 +77,16 @@ def test_an_adapter_without_safetensors_is_said_wherever_it_is_read(tmp_path):
     for read in (read_updates, load):
         with pytest.raises(CheckpointError, match=r"no adapter_model\.safetensors in it, and no pickle"):
             read(run.adapter)
+
+
+def test_an_adapter_that_says_nothing_of_ends_stops_where_its_base_does(tmp_path):
+    run = runs.make(tmp_path)
+    (run.adapter / "generation_config.json").unlink()
+    defaults = run.base / "generation_config.json"
+    defaults.write_text(json.dumps({"eos_token_id": [2, 9], "temperature": 0.7}))
+    assert adapter_stops(run.adapter, run.tokenizer, str(run.base), None) == [2, 5, 9]
+    assert load(run.adapter).stop_ids == [2, 5, 9] == load_base_alone(run.adapter).stop_ids
+    defaults.unlink()
+    config = run.base / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": 7}))
+    assert load(run.adapter).stop_ids == [5, 7]
