@@ -37,9 +37,10 @@ def files_in(folder: Path, split: str | None) -> tuple[list[Path], list[str]]:
     if (folder / STATE_FILE).is_file():
         return _saved(folder), []
     found = [path for path in sorted(folder.rglob("*")) if path.is_file() and _is_data(path, folder)]
-    if not found:
-        raise DataError(f"{folder}: a folder without {' '.join(READERS)} files; check data.path")
     data = _without_papers(found)
+    if not data:
+        only = f" but {_listed([path.name for path in found])}" if found else ""
+        raise DataError(f"{folder}: a folder without {' '.join(READERS)} files{only}; check data.path")
     relative = {str(path.relative_to(folder)): path for path in data}
     words = {name: [*path.relative_to(folder).parts[:-1], stem(path)] for name, path in relative.items()}
     chosen = choose(words, split, str(folder))
@@ -67,7 +68,7 @@ def _is_data(path: Path, folder: Path) -> bool:
 def _without_papers(files: Sequence[Path]) -> list[Path]:
     """Without text beside tables, and without papers beside other text."""
     tables = [path for path in files if not is_text(path)]
-    return tables or [path for path in files if stem(path).lower() not in PAPERS] or list(files)
+    return tables or [path for path in files if stem(path).lower() not in PAPERS]
 
 
 def _kinds(files: Iterable[Path]) -> dict[str, list[str]]:

@@ -211,6 +211,30 @@ def test_a_folder_of_splits_is_read_by_its_split_and_says_what_is_not(load: Load
         assert both.ledger.remarks == [f"{folder / 'both.json'}: dev (2 rows) not read: data.split=train"]
 
 
+def test_turns_of_an_agent_in_a_row_are_taught_where_the_template_renders_them(
+    load: Load, tmp_path: Path
+) -> None:
+    said = [
+        ("user", "go"),
+        ("assistant", "one"),
+        ("assistant", "two"),
+        ("user", "on"),
+        ("assistant", "three"),
+    ]
+    row = {"messages": [{"role": role, "content": text} for role, text in said]}
+    path = write_jsonl(tmp_path / "a.jsonl", [row])
+    document = load(path, template="chatml").document(0)
+    taught = tokenizer("qwen3").decode(document.ids[document.weights > 0])
+    assert taught == "one<|im_end|>two<|im_end|>three<|im_end|>"
+    (tmp_path / "strict.jinja").write_text(
+        "{% for m in messages %}{% if not loop.first and m.role == messages[loop.index0 - 1].role %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    with pytest.raises(DataError, match=r"a\.jsonl:1: messages: .*roles must alternate"):
+        load(path, template=str(tmp_path / "strict.jinja"))
+
+
 TOOLS = (
     "{% if tools %}<|im_start|>tools\n{{ tools|tojson }}<|im_end|>\n{% endif %}{% for m in messages %}"
     "<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}"

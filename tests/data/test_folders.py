@@ -99,7 +99,8 @@ def test_a_folder_of_texts_is_read_without_its_papers(tmp_path: Path) -> None:
     assert read(place) == ["a.md", "b.txt"]
     (place / "a.md").unlink()
     (place / "b.txt").unlink()
-    assert read(place) == ["README.md"]
+    with pytest.raises(DataError, match=r"a folder without \.json .* files but README\.md; check data\.path"):
+        read(place)
 
 
 def test_what_save_to_disk_wrote_is_read_in_its_own_order(tmp_path: Path) -> None:
