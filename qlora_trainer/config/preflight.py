@@ -43,12 +43,22 @@ def check(config: RunConfig, command: str) -> None:
     name = config.model.model_name_or_path
     if name and not Path(name).exists() and not name.startswith(source.BUILTIN):
         stay_offline_if_the_hub_is_silent()
-    if command in checks.NEEDS_MODEL and name and not name.startswith(source.BUILTIN):
-        source.resolve(
-            name, config.model.revision
-        )  # a built-in one is converted on first use: that is loading
+    if name and _is_looked_up(name, command):
+        source.resolve(name, config.model.revision)
     if command in checks.NEEDS_DATA:
         check_rows(DataOptions(**as_dict(config.data)), config.seed)
+
+
+def _is_looked_up(name: str, command: str) -> bool:
+    """Whether `command` cannot begin without this model.
+
+    A built-in one is converted on first use: that is loading. A finished run's, on the hub, is asked for
+    when it is read: what is wrong with the run comes first.
+    """
+    if name.startswith(source.BUILTIN):
+        return False
+    is_path = name.startswith((".", "/", "~"))
+    return command in checks.NEEDS_MODEL or (command in checks.NEEDS_RUN and is_path)
 
 
 def stay_offline_if_the_hub_is_silent(timeout_seconds: float = 5.0) -> None:

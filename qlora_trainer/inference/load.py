@@ -24,7 +24,6 @@ from qlora_trainer.model.load import DTYPES, BaseOptions, load_base, load_tokeni
 from qlora_trainer.model.shards import ShardReader
 from qlora_trainer.model.skeleton import read_configuration
 from qlora_trainer.model.source import resolve
-from qlora_trainer.system.redact import require_whole
 
 TRAINED_WITH = "training.json"  # beside the adapter: how its base was held while it learned
 ADAPTER_CONFIG = "adapter_config.json"
@@ -87,7 +86,7 @@ def trained_base(
     if base in (None, trained.get("model_name_or_path"), stored):
         revision = config.get("revision")
     plain = BaseOptions(
-        name_or_path=require_whole(name, KEY),
+        name_or_path=name,
         revision=revision,
         method="none",
         dtype=pick_dtype("auto", pick_device(device)),

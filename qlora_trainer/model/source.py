@@ -18,6 +18,7 @@ from qlora_trainer.model.files import (
     refuse_links_out,
     weights_in,
 )
+from qlora_trainer.system.redact import require_whole
 
 BUILTIN = "builtin:"
 
@@ -28,7 +29,9 @@ def resolve(name_or_path: str, revision: str | None = None) -> str:
     Raises:
         MissingInputError: the folder does not exist or is not a model, or `files` refuses what is in it;
             the hub has no such model or cannot be reached and the model is not in the local cache.
+        ConfigError: it is what a file has of a path that held a secret.
     """
+    require_whole(name_or_path, KEY)
     if name_or_path.startswith(BUILTIN):
         from qlora_trainer.model import builtin
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from email.message import Message
 from pathlib import Path
 from urllib.error import HTTPError, URLError
@@ -84,3 +86,25 @@ def test_a_model_that_is_a_folder_needs_no_hub(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr(preflight, "stay_offline_if_the_hub_is_silent", lambda: pytest.fail("asked the hub"))
     preflight.check(RunConfig(model=ModelConfig(model_name_or_path=str(tmp_path))), "plan")
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "inspect", "evaluate", "chat", "export", "verify"])
+def test_a_model_folder_that_cannot_be_is_refused_before_torch_is_imported(
+    tmp_path: Path, command: str
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1000000000}')
+    output = str(tmp_path / "run")
+    config = RunConfig(model=ModelConfig(model_name_or_path=str(tmp_path)), output_dir=output)
+    with pytest.raises(MissingInputError, match="num_hidden_layers=1,000,000,000"):
+        preflight.check(config, command)
+    program = (
+        "import sys; from qlora_trainer.config import preflight; from qlora_trainer.model import source; "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_a_path_that_held_a_secret_is_asked_for() -> None:
+    config = RunConfig(model=ModelConfig(model_name_or_path="/models/***/base"))
+    with pytest.raises(ConfigError, match="held a secret"):
+        preflight.check(config, "chat")
