@@ -74,7 +74,7 @@ class PreemptedError(QLoRAError):
     exit_code = 75
 
 
-_ROOM = "make room, or choose another output_dir"
+_ROOM = "make room, or write to another disk (output_dir, data.cache_dir)"
 _ELSEWHERE = "choose another output_dir"
 # What the system says of disks, files and their number, and what helps; each is exit 74.
 REFUSALS = {

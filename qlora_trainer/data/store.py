@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from qlora_trainer.data.encode import Document, Ids, Weights
 from qlora_trainer.data.lines import place
 from qlora_trainer.data.rows import Row
 from qlora_trainer.system import cache, redact
+from qlora_trainer.system.disk import disk_errors
 
 VERSION = 4
 MANIFEST = "manifest.json"
@@ -84,17 +86,21 @@ class Ledger:
 
 
 class Writer:
-    """Appends documents to a temporary folder and publishes it as `place`."""
+    """Appends documents to a temporary folder and publishes it as `place`.
+
+    Each method raises CheckpointError where the disk refuses what it writes.
+    """
 
     def __init__(self, place: Path) -> None:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(place.parent)
         self.place = place
-        self.folder = Path(tempfile.mkdtemp(prefix=".building-", dir=place.parent))
-        self.files = {
-            name: (self.folder / name).open("wb") for name in ("tokens.i4", "weights.f4", "documents.bin")
-        }
-        self.ledger = (self.folder / "ledger.jsonl").open("w", encoding="utf-8")
+        with disk_errors(self.place):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(place.parent)
+            self.folder = Path(tempfile.mkdtemp(prefix=".building-", dir=place.parent))
+            self.files = {
+                name: (self.folder / name).open("wb") for name in ("tokens.i4", "weights.f4", "documents.bin")
+            }
+            self.ledger = (self.folder / "ledger.jsonl").open("w", encoding="utf-8")
         self.redactor = redact.Redactor()
         self.hash = hashlib.sha256()
         self.documents = self.tokens = self.largest_id = 0
@@ -117,15 +123,16 @@ class Writer:
             ],
             dtype=RECORD,
         )
-        for name, array in (
-            ("tokens.i4", document.ids),
-            ("weights.f4", document.weights),
-            ("documents.bin", record),
-        ):
-            raw = array.tobytes()
-            self.files[name].write(raw)
-            if name != "documents.bin":
-                self.hash.update(raw)
+        with disk_errors(self.place):
+            for name, array in (
+                ("tokens.i4", document.ids),
+                ("weights.f4", document.weights),
+                ("documents.bin", record),
+            ):
+                raw = array.tobytes()
+                self.files[name].write(raw)
+                if name != "documents.bin":
+                    self.hash.update(raw)
         self.hash.update(len(document.ids).to_bytes(8, "little"))
         self.documents += 1
         self.tokens += len(document.ids)
@@ -133,14 +140,11 @@ class Writer:
 
     def drop(self, row: DroppedRow) -> None:
         self.dropped[row.reason] += 1
-        self.ledger.write(json.dumps(self.redactor.tree(row), ensure_ascii=False) + "\n")
+        with disk_errors(self.place):
+            self.ledger.write(json.dumps(self.redactor.tree(row), ensure_ascii=False) + "\n")
 
     def publish(self, manifest: dict[str, Any]) -> None:
         """Flush to disk, then rename; if somebody else was first, theirs stays and ours goes."""
-        for stream in [*self.files.values(), self.ledger]:
-            stream.flush()
-            os.fsync(stream.fileno())
-            stream.close()
         manifest = manifest | {
             "version": VERSION,
             "fingerprint": self.hash.hexdigest(),
@@ -149,20 +153,26 @@ class Writer:
             "largest_id": self.largest_id,
         }
         template = {"chat_template": manifest.get("chat_template")}  # masked, it would be another one
-        cache.seal(self.folder, MANIFEST, redact.tree(manifest) | template)
-        with (self.folder / MANIFEST).open("rb") as written:
-            os.fsync(written.fileno())
-        try:
-            self.folder.rename(self.place)
-        except OSError:
-            if not (self.place / MANIFEST).exists():
-                raise
-            shutil.rmtree(self.folder)
+        with disk_errors(self.place):
+            for stream in [*self.files.values(), self.ledger]:
+                stream.flush()
+                os.fsync(stream.fileno())
+                stream.close()
+            cache.seal(self.folder, MANIFEST, redact.tree(manifest) | template)
+            with (self.folder / MANIFEST).open("rb") as written:
+                os.fsync(written.fileno())
+            try:
+                self.folder.rename(self.place)
+            except OSError:
+                if not (self.place / MANIFEST).exists():
+                    raise
+                shutil.rmtree(self.folder)
 
     def discard(self) -> None:
         """Close and delete what was written (nothing happens after `publish`)."""
         for stream in [*self.files.values(), self.ledger]:
-            stream.close()
+            with suppress(OSError):  # a full disk does not take what is left to be written either
+                stream.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -40,7 +40,8 @@ def test_a_refusal_says_where_why_and_what_to_do() -> None:
         "/data/a: Input/output error; the disk or the way to it fails: look at it (dmesg)"
     )
     assert str(explained(ERRORS["wrapped"][0]())) == (
-        "while generating: No space left on device; make room, or choose another output_dir"
+        "while generating: No space left on device; "
+        "make room, or write to another disk (output_dir, data.cache_dir)"
     )
     assert "ulimit -f" in str(explained(ERRORS["safetensors: I/O"][0]()))
 
