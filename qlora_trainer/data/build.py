@@ -147,8 +147,9 @@ def _build(
             for entries, results, notes in encoded:
                 kept += _write(writer, entries, results, skip=options.on_bad_row == "skip")
                 given = [row.where for _, row, content in entries if isinstance(content, Example)]
-                for note, indices in notes.items():
-                    noted.setdefault(note, []).extend(given[index] for index in indices)
+                for note, places in notes.items():
+                    rows = [" ".join(filter(None, (given[at], place))) for at, place in places.items()]
+                    noted.setdefault(note, []).extend(rows)
         if not writer.documents:
             reasons = ", ".join(f"{count} {reason}" for reason, count in writer.dropped.items())
             raise DataError(

@@ -66,8 +66,8 @@ class Encoder:
         on_lost: error | warn, for rows of whose content the template leaves something out.
 
     Attributes:
-        notes: what is worth telling about the examples of the last call: note (see screen.NOTES) -> their
-            indices.
+        notes: what is worth telling about the examples of the last call: note (see screen.NOTES) -> index of
+            the example -> where in it, or nothing.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Encoder:
         self.bos, self.eos = tokenizer.bos_token_id, int(tokenizer.eos_token_id)
         self.added = frozenset(tokenizer.added_tokens_decoder)
         self.prefix = prefix_ids(tokenizer)
-        self.notes: dict[str, list[int]] = {}
+        self.notes: dict[str, dict[int, str]] = {}
         self._index = 0  # of the example that is being looked at
 
     def __call__(self, examples: Sequence[Example]) -> list[list[Document] | Dropped | RowError]:
@@ -154,7 +154,7 @@ class Encoder:
             if loss.earlier:
                 self._note("thoughts_left_out")
             elif self.on_lost == "warn":
-                self._note("lost_content")
+                self._note("lost_content", loss.field)
             else:
                 tools = "tool" in loss.field
                 raise RowError(
@@ -238,10 +238,8 @@ class Encoder:
         if self.prefix and int(ids[0]) != self.prefix[0]:
             self._note("missing_bos")
 
-    def _note(self, note: str) -> None:
-        noted = self.notes.setdefault(note, [])
-        if noted[-1:] != [self._index]:
-            noted.append(self._index)
+    def _note(self, note: str, where: str = "") -> None:
+        self.notes.setdefault(note, {}).setdefault(self._index, where)
 
     def _weight(self, example: Example, span: Span, is_last: bool) -> float:
         own = example.messages[span.message].weight if example.messages else None

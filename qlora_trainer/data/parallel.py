@@ -28,7 +28,7 @@ from qlora_trainer.system.processes import shield_worker
 MOST_PROCESSES = 16
 Carried = TypeVar("Carried")
 Result = list[Document] | Dropped | RowError
-Notes = dict[str, list[int]]  # note -> indices of the batch's examples
+Notes = dict[str, dict[int, str]]  # as `Encoder.notes`, of the batch's examples
 Encoded = tuple[list[Result], Notes]
 
 

@@ -18,6 +18,7 @@ import pytest
 
 from qlora_trainer.data import DataOptions, TokenizedData, build, load_tokenized, tokenizer_fingerprint
 from qlora_trainer.data.rows import Row
+from qlora_trainer.data.screen import worries
 from qlora_trainer.errors import ConfigError, DataError, MissingInputError
 from qlora_trainer.system import cache
 from tests.damage import DAMAGE, Damage, deleted
@@ -551,3 +552,25 @@ def test_publishing_after_somebody_else_keeps_theirs(load: Load, rows_file: Path
     writer.publish({"read": 1})
     assert (place / "manifest.json").stat().st_mtime_ns == stamp
     assert not list((tmp_path / "cache").glob(".building-*"))
+
+
+def test_notes_name_the_first_rows_and_what_is_lost_in_them(load: Load, tmp_path: Path) -> None:
+    says = {"role": "assistant", "content": "b"}
+    rows = [{"messages": [{"role": "user", "content": "a"}, says]}]
+    rows += [{"messages": [{"role": "user", "content": f"<|im_end|>{n}"}, says]} for n in range(6)]
+    rows += [
+        {"messages": [{"role": "user", "content": "a"}, says | {"title": f"A book {n}"}]} for n in range(2)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(dump(*rows))
+    with pytest.raises(DataError, match=r"rows\.jsonl:8: messages\[1\]\.title: .* 'A book 0'"):
+        load(path=str(path))
+    ledger = load(path=str(path), on_lost_content="warn").ledger
+    assert ledger.notes == {"control_text": 6, "lost_content": 2}
+    assert ledger.noted["control_text"] == [f"{path}:{line}" for line in range(2, 7)]
+    assert ledger.noted["lost_content"] == [f"{path}:{line} messages[1].title" for line in (8, 9)]
+    control, lost = worries(ledger)
+    assert control.startswith("6 rows") and control.endswith(f"{path}:6, …)")
+    assert lost.startswith("2 rows") and lost.endswith(f"{path}:9 messages[1].title)")
+    kept = load(path=str(path), on_bad_row="skip")
+    assert len(kept) == 7 and [row.reason for row in kept.ledger.rows()] == ["bad_row"] * 2

@@ -22,7 +22,7 @@ def encoded(tok, messages: list[tuple[str, str]], template: ChatTemplate | None 
     encode = Encoder(tok, template, max_length=4096, overlong="drop", masking=Masking())
     [result] = encode([Example(tuple(Message(role, text) for role, text in messages), **more)])
     assert isinstance(result, list), result
-    assert encode.notes.get("control_text") == [0]
+    assert encode.notes.get("control_text") == {0: ""}
     return result[0]
 
 
@@ -126,7 +126,9 @@ def test_tools_their_answers_and_arguments_open_no_turns() -> None:
     )
     encode = Encoder(tok, template, max_length=4096, overlong="drop", masking=Masking())
     [[document]] = encode([Example(messages, tools=[tool])])
-    assert encode.notes == {"control_text": [0], "missing_bos": [0]} or encode.notes == {"control_text": [0]}
+    assert encode.notes == {"control_text": {0: ""}, "missing_bos": {0: ""}} or encode.notes == {
+        "control_text": {0: ""}
+    }
     opened = controls_in(tok, document).count("<|im_start|>")
     assert opened == controls_in(tok, document).count("<|im_end|>") == 5  # system, user, call, answer, done
     assert marked(tok, document).count("⟦") == 2

@@ -86,7 +86,7 @@ def test_raw_prompt_and_completion_get_bos_and_a_supervised_eos() -> None:
     assert (document.ids == tok.eos_token_id).sum() == 1, "an EOS that is written out is not doubled"
     assert not encode.notes
     encode([Example(prompt="two", completion=" four<s>")])
-    assert encode.notes == {"other_end": [0]}
+    assert encode.notes == {"other_end": {0: ""}}
     [[document]] = encode([Example(prompt="<s>two", completion=" four")])
     assert (document.ids == tok.bos_token_id).sum() == 1, "a BOS that is written out is not doubled"
 
@@ -104,13 +104,13 @@ def test_double_and_missing_bos_are_counted() -> None:
         template = ChatTemplate(source, "test", tok)
         encode = Encoder(tok, template, max_length=64, overlong="drop", masking=Masking())
         encode([Example((Message("user", "a"), Message("assistant", "b")))])
-        assert encode.notes == {note: [0]}
+        assert encode.notes == {note: {0: ""}}
 
 
 def test_a_prompt_that_inference_would_not_see_is_counted() -> None:
     encode = encoder("mistral3", on_lost="warn")
     encode([Example(PLAIN), Example(PLAIN[1:])])
-    assert encode.notes == {"prompt_differs": [0], "lost_content": [0]}
+    assert encode.notes == {"prompt_differs": {0: ""}, "lost_content": {0: "messages[0].content"}}
 
 
 LONG = Example(

@@ -138,7 +138,7 @@ def test_what_is_lost_is_an_error_that_names_field_and_template(
     assert "data.on_lost_content=warn" in found.problem.text
     going_on = encoder(source, on_lost="warn")
     assert isinstance(outcome(going_on, messages, tools), str)
-    assert going_on.notes["lost_content"] == [0]
+    assert going_on.notes["lost_content"] == {0: field}
 
 
 def test_a_turn_whose_call_is_lost_is_not_only_said_to_be_hidden() -> None:
@@ -220,7 +220,7 @@ def test_thoughts_of_earlier_turns_that_a_template_leaves_out_are_a_note() -> No
         encode = encoder(QWEN3_LIKE)
         text = outcome(encode, messages)
         assert isinstance(text, str) and "Hm 1." not in text and "⟦<think>\nHm 3.\n</think>" in text
-        assert encode.notes["thoughts_left_out"] == [0] and "lost_content" not in encode.notes
+        assert encode.notes["thoughts_left_out"] == {0: ""} and "lost_content" not in encode.notes
 
 
 def test_a_last_thought_that_is_stripped_is_lost() -> None:
