@@ -41,8 +41,11 @@ class Limits:
 
 def limits_of(model: PreTrainedModel | PeftModel) -> Limits:
     """The limits of `model`, which may be on the meta device, and whose adapter may have more rows."""
-    trained = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    config = model.config.get_text_config(decoder=True)
     rows = int(model.get_input_embeddings().weight.shape[0])
+    if getattr(getattr(config, "attn_config", None), "alibi", False):  # MPT makes its biases once, so long
+        return Limits(rows, config.max_seq_len, table=True)
+    trained = getattr(config, "max_position_embeddings", None)
     table = trained is not None and any(trained <= size <= trained + _OFFSET for size in _tables(model))
     return Limits(rows, trained, table)
 

@@ -15,6 +15,7 @@ TABLES = {
     "gpt2": SMALL,
     "gptj": SMALL,
     "codegen": SMALL,
+    "mpt": dict(vocab_size=263, d_model=64, n_heads=4, n_layers=1, max_seq_len=100),
     "gpt_neo": dict(
         vocab_size=263,
         max_position_embeddings=100,
