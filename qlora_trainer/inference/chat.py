@@ -92,7 +92,7 @@ class Chat:
         return answer
 
     def _require_place(self, prompt: list[int]) -> None:
-        if (largest := max(prompt)) >= self.limits.rows:
+        if self.limits.rows is not None and (largest := max(prompt)) >= self.limits.rows:
             token = self.tokenizer.convert_ids_to_tokens(largest)
             raise DataError(
                 f"chat: {token!r} is token {largest}, and the model's embedding has {self.limits.rows:,} rows"

@@ -27,7 +27,7 @@ def check_fit(
         ConfigError: a document is longer than the model's table of positions.
     """
     for part in parts:
-        if part.largest_id >= limits.rows:
+        if limits.rows is not None and part.largest_id >= limits.rows:
             raise DataError(_without_a_row(limits.rows, part, tokenizer))
     longest = max(int(part.lengths.max()) for part in parts)
     if limits.trained is None or longest <= limits.trained:

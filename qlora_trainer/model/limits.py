@@ -25,12 +25,12 @@ class Limits:
     """Of one model.
 
     Attributes:
-        rows: of the input embedding; token ids are below it.
+        rows: of the input embedding; token ids are below it. None where it is no ordinary one.
         trained: positions that its config.json says it was made for, if it does.
         table: whether positions beyond them have no value at all.
     """
 
-    rows: int
+    rows: int | None
     trained: int | None
     table: bool
 
@@ -42,7 +42,8 @@ class Limits:
 def limits_of(model: PreTrainedModel | PeftModel) -> Limits:
     """The limits of `model`, which may be on the meta device, and whose adapter may have more rows."""
     config = model.config.get_text_config(decoder=True)
-    rows = int(model.get_input_embeddings().weight.shape[0])
+    weight = getattr(_embedding(model), "weight", None)
+    rows = None if weight is None else int(weight.shape[0])
     if getattr(getattr(config, "attn_config", None), "alibi", False):  # MPT makes its biases once, so long
         return Limits(rows, config.max_seq_len, table=True)
     trained = getattr(config, "max_position_embeddings", None)
@@ -59,9 +60,17 @@ def limits_in(source: str, revision: str | None = None) -> Limits:
     return limits_of(skeleton(read_configuration(source, revision).get_text_config(decoder=True)))
 
 
+def _embedding(model: Any) -> nn.Module | None:
+    try:
+        found: nn.Module | None = model.get_input_embeddings()
+    except NotImplementedError:  # what transformers says of an architecture of other parts
+        return None
+    return found
+
+
 def _tables(model: Any) -> Iterator[int]:
     """Rows of whatever is looked up by position."""
-    inputs = model.get_input_embeddings()
+    inputs = _embedding(model)
     for name, module in model.named_modules():
         own = name.rpartition(".")[2]
         if isinstance(module, nn.Embedding) and module is not inputs and ("pos" in own or own == "wpe"):

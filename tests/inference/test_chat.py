@@ -3,7 +3,7 @@ import dataclasses
 
 import pytest
 
-from qlora_trainer.errors import ConfigError
+from qlora_trainer.errors import ConfigError, DataError
 from qlora_trainer.inference.chat import Chat, ChatOptions, prompt_ids
 from qlora_trainer.inference.generate import Sampling, generate
 from qlora_trainer.inference.load import load
@@ -65,3 +65,26 @@ def test_a_model_without_a_template_is_refused(loaded):
     bare.chat_template = None
     with pytest.raises(ConfigError, match=r"data\.template"):
         chat(dataclasses.replace(loaded, tokenizer=bare), [])
+
+
+def test_a_token_without_a_row_is_named_and_nothing_is_lost(loaded):
+    tokenizer = copy.deepcopy(loaded.tokenizer)
+    tokenizer.add_tokens([f"zq{n}" for n in range(3)])  # the embedding has one row more than the tokenizer
+    talk = chat(dataclasses.replace(loaded, tokenizer=tokenizer), [])
+    talk.say("hello")
+    with pytest.raises(DataError, match=r"'zq2' is token 264, and the model's embedding has 263 rows"):
+        talk.say("zq2")
+    assert [message["content"] for message in talk.messages if message["role"] == "user"] == ["hello"]
+
+
+def test_answers_end_where_the_table_of_positions_does(tmp_path):
+    loaded = load(runs.make(tmp_path, "opt", max_position_embeddings=64).adapter)
+    talk = chat(loaded, [])
+    room = 64 - len(prompt_ids(talk.template, [{"role": "user", "content": "hi"}]))
+    assert room > 12
+    (ids,) = generate(loaded.model, [[7] * 60], [], 0, Sampling(max_new_tokens=12))
+    assert len(ids) == 4
+    assert generate(loaded.model, [[7] * 64], [], 0, Sampling(max_new_tokens=12)) == [[]]
+    with pytest.raises(DataError, match=r"64 positions: /reset begins anew"):
+        talk.say("x" * 64)
+    talk.say("hi")
