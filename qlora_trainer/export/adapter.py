@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -85,7 +84,6 @@ def export_adapter(
     trained: TrainedOn,
     *,
     chat_template: str | None = None,
-    stop_token_ids: Sequence[int] = (),
     data: list[str] | None = None,
     settings: dict[str, Any] | None = None,
     measured: str = "",
@@ -96,7 +94,6 @@ def export_adapter(
 
     Args:
         chat_template: the Jinja text that training rendered with, if not the tokenizer's own.
-        stop_token_ids: what ends an answer, beside the tokenizer's and the base's own.
         data: names of the data, for the card.
         settings: the run's configuration as nested plain values, for the card.
         measured: a Markdown table for the card.
@@ -110,7 +107,7 @@ def export_adapter(
     if chat_template is not None:
         tokenizer = copy.copy(tokenizer)
         tokenizer.chat_template = chat_template
-    stops = sorted({*stop_ids(tokenizer, base.generation_config), *stop_token_ids})
+    stops = stop_ids(tokenizer, base.generation_config)
     name = snippet.base_name(trained.model_name_or_path)
     card = Card(
         title=title or folder.resolve().parent.name,

@@ -8,14 +8,18 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 
+from qlora_trainer.config.schema import ExportConfig, RunConfig
 from qlora_trainer.errors import CheckpointError, MissingInputError
 from qlora_trainer.export.adapter import TrainedOn, export_adapter
+from qlora_trainer.inference.chat import Chat, ChatOptions
 from qlora_trainer.inference.generate import Sampling, generate
 from qlora_trainer.inference.load import load, trained_base
+from qlora_trainer.jobs.verification import subject
 from qlora_trainer.model.load import BaseOptions, load_base
 from qlora_trainer.model.lora import LoraOptions, attach
 from tests import tiny
 from tests.export import runs
+from tests.inference.test_stop import plainly_ended, taught_last
 
 PLAIN = """
 import json, sys, torch
@@ -75,6 +79,20 @@ def test_the_folder_names_its_base_and_how_it_was_held(tmp_path):
     weights = load_file(run.adapter / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     assert os.stat(run.adapter / "adapter_model.safetensors").st_mode & 0o777 == 0o644 & ~umask()
+
+
+def test_a_token_that_is_not_special_ends_answers_everywhere_if_turns_end_with_it(tmp_path):
+    """In the adapter's folder, in evaluation and chat, in verify and for every export that is made of it."""
+    run, tokenizer = runs.make(tmp_path), plainly_ended()
+    done, eos = tokenizer.convert_tokens_to_ids(["<|done|>", "</s>"])
+    options = TrainedOn.with_options(run.options, runs.CPU)
+    adapter = export_adapter(run.model, tokenizer, tmp_path / "other" / "adapter", options)
+    stops = sorted({done, eos, run.model.get_base_model().generation_config.eos_token_id})
+    assert json.loads((adapter / "generation_config.json").read_text())["eos_token_id"] == stops
+    loaded = load(adapter)
+    assert loaded.stop_ids == stops and set(taught_last(loaded.tokenizer)) == {done}
+    assert Chat(loaded, ChatOptions(Sampling()), print).config.eos_token_id == stops
+    assert subject(RunConfig(export=ExportConfig(adapter=str(adapter)))).stop_ids == stops
 
 
 def test_a_failed_export_leaves_the_old_folder_and_nothing_else(tmp_path, monkeypatch):
