@@ -7,8 +7,8 @@ Most stock templates carry no `{% generation %}` tag, so spans are found by rend
 
 * A turn *starts* where the generation prompt ends: `render(messages[:i], add_generation_prompt=True)`
   is exactly what the model is given at inference. It has to be a prefix of the full rendering. Where it is
-  not (a prompt opens the turn with `<think>`, and this one has no thought), the turn starts where the two
-  part, or, if they part before it, at its content, found by a mark.
+  not (a prompt opens the turn with `<think>`, and this one has no thought), the turn starts at its content,
+  found by a mark, or, where it has a thought or no content, where prompt and rendering part.
 * Content *ends* at a mark put behind its last visible character. Trimming templates do not move it, and
   taking all marks out has to give the full rendering again, character for character.
 * A turn *stops* with the first end-of-turn text behind its content that the template put there, before
@@ -22,7 +22,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qlora_trainer.data.example import Example
+from qlora_trainer.data.example import THINKING, Example
 from qlora_trainer.data.problems import RowError
 
 if TYPE_CHECKING:
@@ -117,33 +117,42 @@ class Layout:
         spans: list[Span] = []
         for at in self.turns:
             stop = ends.get((at, True))
-            opened = start = self.start(at, stop)
-            if start is None:
+            opened, start = self.start(at, stop)
+            if opened is None:
                 opened = spans[-1].stop if spans else 0
-                start = self.locate([(at, False)]).get((at, False))
             end = None if start is None else self.close(at, start, stop)
             if start is None or end is None:
                 raise HiddenTurnError(at, Rendering(self.full, self.shadow))
             spans.append(Span(start, end[0], at, True, end[1], opened or 0))
         return spans
 
-    def start(self, at: int, content: int | None) -> int | None:
-        """Where a turn starts by its prompt: behind it, or where the rendering leaves it, after its role.
+    def start(self, at: int, content: int | None) -> tuple[int | None, int | None]:
+        """Where a turn's rendering begins, if its prompt tells, and where what it teaches starts.
 
-        `content` is where its visible content ends. None where the prompt shows another conversation.
+        `content` is where its visible content ends.
         """
         prompt = self.prompts[at]
         latest = len(self.full) if content is None else content
         if self.full.startswith(prompt) and len(prompt) <= latest:
-            return len(prompt)
+            return len(prompt), len(prompt)
+        parting = self.parting(at)
+        if parting is not None and parting > latest:
+            parting = None
+        said = self.locate([(at, False)]).get((at, False))
+        thought = any(self.messages[at].get(name) for name in THINKING)  # it may stand before the content
+        return parting, parting if said is None or (thought and parting is not None) else said
+
+    def parting(self, at: int) -> int | None:
+        """Where the rendering leaves a turn's prompt, after its role; None if it is before that."""
         before = self.whole(at)
         if before is None:
             return None
-        pairs = enumerate(zip(prompt, self.full, strict=False))
-        common = next((at for at, (asked, said) in pairs if asked != said), min(len(prompt), len(self.full)))
+        pairs = enumerate(zip(self.prompts[at], self.full, strict=False))
+        shorter = min(len(self.prompts[at]), len(self.full))
+        common = next((place for place, (asked, said) in pairs if asked != said), shorter)
         while common > before and not BORDER.match(self.full[common - 1]):
             common -= 1  # `<think>` and `<tool_call>` begin alike
-        return common if before < common <= latest else None
+        return common if common > before else None
 
     def whole(self, count: int) -> int | None:
         """How much of the rendering the first `count` messages are, if they are its beginning."""
