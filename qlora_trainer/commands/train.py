@@ -49,7 +49,7 @@ from qlora_trainer.plan.plan import RunPlan
 from qlora_trainer.system import disk, redact
 from qlora_trainer.system.processes import follow_launcher
 from qlora_trainer.system.terminal import console
-from qlora_trainer.track import Tracker
+from qlora_trainer.track import Tracker, closing
 from qlora_trainer.track.console import ConsoleTracker
 from qlora_trainer.track.jsonl import BAD, JsonlTracker
 from qlora_trainer.track.report import FILE as REPORT
@@ -241,12 +241,14 @@ def _loop(
         with evaluating(state.model):
             return sft(forward(batch.to(ranks.device)))
 
+    most = ranks.max(len(held_out))  # batches of any rank: one that has none evaluates with the others
+
     def evaluate() -> dict[str, float] | None:
         part = LossSum()
         when, rows = f"evaluating after step {state.progress.step}", config.evaluate.batch_size
         less = [f"evaluate.batch_size={rows // 2}"] if rows > 1 else None
         with signals.phase("evaluating"), evaluating(state.model):
-            for start in range(0, ranks.max(len(held_out)), EVALUATED_AT_ONCE):
+            for start in range(0, most, EVALUATED_AT_ONCE):
                 if ranks.any(signals.requested()):
                     return None
                 some = held_out[start : start + EVALUATED_AT_ONCE]
@@ -257,7 +259,7 @@ def _loop(
             result = LossSum(nll, weight, int(tokens))
             return {"eval_loss": result.loss, "eval_perplexity": result.perplexity}
 
-    try:
+    with closing(trackers):
         if ranks.device.type == "cuda" and state.progress.step < total:
             with signals.phase("rehearsing", interruptible=True):
                 rehearse(
@@ -283,16 +285,13 @@ def _loop(
                     log=log,
                     save=save,
                     tidy=tidy,
-                    evaluate=evaluate if held_out else None,
+                    evaluate=evaluate if most else None,
                     stop_requested=signals.requested,
                     save_steps=config.checkpoint.save_steps,
                     eval_steps=config.evaluate.eval_steps,
                     logging_steps=config.train.logging_steps,
                 )
             )
-    finally:
-        for tracker in trackers:
-            tracker.close()
 
 
 def _trackers(run: Run, total: int, step: int) -> list[Tracker]:

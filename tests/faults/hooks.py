@@ -22,7 +22,7 @@ import psutil
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-import qlora_trainer.commands.train  # noqa: F401
+import qlora_trainer.commands.train as train_command
 from qlora_trainer.checkpoint import rng
 from qlora_trainer.checkpoint.format import Checkpoint
 from qlora_trainer.data import Loader
@@ -157,13 +157,23 @@ def no_network() -> None:
         raise OSError(ctypes.get_errno(), "unshare")
 
 
-def bug(message: str) -> None:
-    """An error that nobody expects, in the first step."""
+def bug(message: str, number: int = 1) -> None:
+    """An error that nobody expects, in the so-manieth micro-batch."""
+    made = [0]
 
     def fail(batch: Any) -> None:
-        raise RuntimeError(message)
+        made[0] += 1
+        if made[0] == number:
+            raise RuntimeError(message)
 
     _after_micro_batch(fail)
+
+
+def bug_in_evaluation(message: str) -> None:
+    def fail(*arguments: Any) -> None:
+        raise KeyError(message)
+
+    setattr(train_command, "measure_loss", fail)  # noqa: B010
 
 
 # ---- numbers and memory ------------------------------------------------------------------------

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from qlora_trainer.errors import Bug, explained
+from qlora_trainer.errors import Bug, CheckpointError, explained
+from qlora_trainer.track.jsonl import JsonlTracker
 from tests.faults import failures
 from tests.faults.failures import ERRORS, KEYS, SEAMS
 from tests.faults.scene import Scene
@@ -57,3 +59,17 @@ def test_whatever_fails_the_state_after_the_last_step_is_saved(
 ) -> None:
     scene, whole = here
     assert failures.problems(scene, whole, f"{place}-{name}".replace(" ", "-"), place, name) == []
+
+
+@pytest.mark.parametrize(("place", "expected"), [(None, 74), ("forward", 70)])
+def test_a_metrics_file_that_cannot_be_closed_hides_no_other_error(
+    here: tuple[Scene, Path], place: str | None, expected: int
+) -> None:
+    scene, _ = here
+    line = scene.line(f"unclosed-{place}", **KEYS, **{"data.eval_path": scene.folder / "eval.json"})
+    full = failures.Seam(JsonlTracker, "close", 1, kept=0)
+    other = failures.broken(SEAMS[place], ERRORS["shapes"][0], 1) if place else nullcontext()
+    with other, failures.broken(full, lambda: CheckpointError("metrics.jsonl: no room"), 1):
+        code, text = failures.attempt(line)
+    assert code == expected and text.count("error: ") == 1
+    assert ("metrics.jsonl: no room" in text) == (place is None)

@@ -16,7 +16,7 @@ import pytest
 
 from qlora_trainer.train.signals import ONE_REQUEST
 from tests.faults import hooks
-from tests.faults.scene import Scene, differences
+from tests.faults.scene import Scene, differences, metrics
 
 WITHIN = 20  # seconds from the signal to the end of the process
 
@@ -83,7 +83,7 @@ def test_a_second_signal_ends_it_at_once_and_nothing_is_torn(scene: Scene, phase
 # ---- several processes -------------------------------------------------------------------------
 
 
-def both_ranks(scene: Scene, name: str, *hooks_of_rank_1: Any, expect: int) -> None:
+def both_ranks(scene: Scene, name: str, *hooks_of_rank_1: Any, expect: int, **keys: Any) -> None:
     """Two ranks of one run, as a launcher starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -99,24 +99,52 @@ def both_ranks(scene: Scene, name: str, *hooks_of_rank_1: Any, expect: int) -> N
             "MASTER_PORT": port,
         }
         chosen = hooks_of_rank_1 if rank else ()
-        ranks.append(scene.start(name, *chosen, env={key: str(value) for key, value in env.items()}))
+        ranks.append(scene.start(name, *chosen, env={key: str(value) for key, value in env.items()}, **keys))
     for run in ranks:
         assert run.wait() == expect, run.text()
 
 
+def uninterrupted(scene: Scene) -> Path:
+    """The finished run of two ranks; made once."""
+    if not (scene.folder / "ranks").exists():
+        both_ranks(scene, "ranks", expect=0)
+    return scene.folder / "ranks"
+
+
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(scene: Scene) -> None:
-    both_ranks(scene, "ranks", expect=0)
     both_ranks(scene, "one-rank-stopped", ("signal_at_micro_batch", 9, hooks.SIGUSR1), expect=75)
     assert scene.status("one-rank-stopped")["step"] == 5 == scene.steps("one-rank-stopped")[-1]
     both_ranks(scene, "one-rank-stopped", expect=0)
-    assert differences(scene.folder / "ranks", scene.folder / "one-rank-stopped") == []
+    assert differences(uninterrupted(scene), scene.folder / "one-rank-stopped") == []
 
 
-def test_all_ranks_end_when_one_runs_out_of_memory(scene: Scene) -> None:
-    both_ranks(scene, "one-rank-full", ("out_of_memory", 5, 6), expect=2)
-    assert scene.steps("one-rank-full") == [2]
-    both_ranks(scene, "one-rank-full", expect=0)
-    assert differences(scene.folder / "ranks", scene.folder / "one-rank-full") == []
+@pytest.mark.parametrize(
+    ("name", "hook", "code"),
+    [("full", ("out_of_memory", 5, 6), 2), ("buggy", ("bug", "only on this rank", 5), 70)],
+)
+def test_all_ranks_end_when_one_fails_in_a_step(scene: Scene, name: str, hook: Any, code: int) -> None:
+    output = f"one-rank-{name}"
+    both_ranks(scene, output, hook, expect=code)
+    assert scene.steps(output) == [2]
+    assert "another process of this run failed" in scene.status(output)["message"]
+    both_ranks(scene, output, expect=0)
+    assert differences(uninterrupted(scene), scene.folder / output) == []
+
+
+def test_all_ranks_end_when_one_fails_in_an_evaluation(scene: Scene) -> None:
+    keys: dict[str, Any] = {
+        "evaluate.enabled": "true",
+        "evaluate.eval_steps": 2,
+        "data.eval_path": scene.folder / "eval.json",
+    }
+    both_ranks(scene, "one-rank-unmeasured", ("bug_in_evaluation", "eval_loss"), expect=70, **keys)
+    assert scene.steps("one-rank-unmeasured") == [2]
+    # Four rows are one batch: a rank that has none waited for the other for ever.
+    both_ranks(scene, "one-rank-unmeasured", expect=0, **keys)
+    evaluated = [
+        line["step"] for line in metrics(scene.folder / "one-rank-unmeasured") if "eval_loss" in line
+    ]
+    assert evaluated == [2, 4, 6, 8]
 
 
 def launch(scene: Scene, name: str) -> subprocess.Popen[str]:
