@@ -23,6 +23,10 @@ from qlora_trainer.data.sandbox import Compiled, OverLimit, line_of
 from qlora_trainer.errors import ConfigError
 
 
+class NoConversationError(ConfigError):
+    """A template that renders no plain question and answer."""
+
+
 class ChatTemplate:
     """A Jinja chat template together with the special tokens it prints.
 
@@ -148,7 +152,7 @@ class ChatTemplate:
         try:
             rendering = self.layout(example)
         except RowError as error:
-            raise ConfigError(
+            raise NoConversationError(
                 f"data.template: {self.origin} cannot render a question and an answer: {error}"
             ) from error
         stop = rendering.spans[-1].stop

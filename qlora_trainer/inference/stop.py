@@ -11,9 +11,8 @@ from collections.abc import Iterable
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from qlora_trainer.data.chat import ChatTemplate
+from qlora_trainer.data.chat import ChatTemplate, NoConversationError
 from qlora_trainer.data.templates import template_source
-from qlora_trainer.errors import ConfigError
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, defaults: GenerationConfig | None = None) -> list[int]:
@@ -28,14 +27,15 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, defaults: GenerationConfig | No
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token that the tokenizer's chat template ends an assistant's turn with, if any.
 
-    None for a template that renders no plain question and answer: what it ends with cannot be told.
+    None for a template that renders no plain question and answer: what it ends with cannot be told. Raises
+    ConfigError for one that is not Jinja or goes over the sandbox's limits.
     """
     found = template_source(None, tokenizer)
     if found is None:
         return None
     try:
         return ChatTemplate(*found, tokenizer).end_of_turn
-    except ConfigError:
+    except NoConversationError:
         return None
 
 

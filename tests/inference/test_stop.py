@@ -8,6 +8,7 @@ from transformers import GenerationConfig
 from qlora_trainer.data.encode import Encoder, Masking
 from qlora_trainer.data.example import Example, Message
 from qlora_trainer.data.templates import resolve_template
+from qlora_trainer.errors import ConfigError
 from qlora_trainer.inference.stop import end_of_turn_id, pad_id, stop_ids
 from tests import tiny
 from tests.data.families import FAMILIES, base, tokenizer
@@ -80,3 +81,20 @@ def test_without_a_pad_token_a_stop_token_fills():
     assert pad_id(made, [2]) == made.pad_token_id
     made.pad_token = None
     assert pad_id(made, [2]) == 2
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (
+            "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
+            "stopped: it makes",
+        ),
+        ("{% for m in messages %}", "line 1: "),
+    ],
+)
+def test_a_template_that_never_ends_or_is_none_is_refused_wherever_stops_are_asked_for(template, said):
+    made = copy.deepcopy(tiny.tokenizer())
+    made.chat_template = template
+    with pytest.raises(ConfigError, match=f"the tokenizer's own, .*{said}"):
+        stop_ids(made)
