@@ -244,6 +244,7 @@ class Exporter:
         # As it stands, but for the ends: the library refuses to save what it reads, such as a temperature
         # without do_sample, which servers take for their default.
         generation = read_json(stored) if stored.is_file() else {}
+        generation.pop("_from_model_config", None)  # under which the library takes the ends from config.json
         generation["eos_token_id"] = list(self.source.stop_ids)
         if generation.get("pad_token_id") is None:
             generation["pad_token_id"] = self.source.tokenizer.pad_token_id

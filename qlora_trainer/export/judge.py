@@ -99,5 +99,5 @@ def _unequal(weights: Mapping[str, Any] | None) -> Iterator[str]:
 
 
 def nats(kl: float) -> str:
-    """A divergence with four decimals, or two digits where those would say nothing."""
-    return f"{kl:.4f}" if kl >= 1e-3 or kl == 0 or kl != kl else f"{kl:.1e}"
+    """A divergence with four decimals, or two digits where those would say nothing; float32 noise is 0."""
+    return f"{kl:.1e}" if 1e-7 <= kl < 1e-3 else f"{kl if kl > 1e-7 or kl != kl else 0.0:.4f}"

@@ -7,6 +7,7 @@ from dataclasses import replace
 import gguf
 import pytest
 from tokenizers import processors
+from transformers import AutoModelForCausalLM
 
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.export.formats import Exporter
@@ -147,8 +148,10 @@ def test_sampling_values_without_do_sample_stay_as_the_base_has_them(tmp_path):
     run = runs.make(tmp_path)
     path = run.base / "generation_config.json"
     stored = json.loads(path.read_text()) if path.is_file() else {}
-    path.write_text(json.dumps(stored | {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 2}))
+    stored |= {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 2, "_from_model_config": True}
+    path.write_text(json.dumps(stored))
     folder = made(run, tmp_path, stop_ids=[2, 5]).export("merged")
     found = json.loads((folder / "generation_config.json").read_text())
     assert (found["temperature"], found["top_p"], found["eos_token_id"]) == (0.9, 0.6, [2, 5])
-    assert "do_sample" not in found
+    assert "do_sample" not in found and "_from_model_config" not in found
+    assert AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id == [2, 5]

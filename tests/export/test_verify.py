@@ -13,7 +13,7 @@ from qlora_trainer.evaluate.match import Question
 from qlora_trainer.export.base import Base, Held
 from qlora_trainer.export.delta import read_updates
 from qlora_trainer.export.formats import Exporter
-from qlora_trainer.export.judge import BOUNDS, judge
+from qlora_trainer.export.judge import BOUNDS, judge, nats
 from qlora_trainer.export.merge import Merge
 from qlora_trainer.export.source import ExportOptions, Source
 from qlora_trainer.export.verify import Sample, Yardstick, markdown, run_probe, verify
@@ -204,6 +204,14 @@ def test_each_promise_is_judged(change, word):
 def test_nearer_to_the_base_is_lost_even_under_the_bound():
     (failure,) = judge("gguf", MEASURED | {"kl": 0.21, "max_kl": 0.5}, MEASURED, BASE, 10)
     assert "tuning is lost" in failure.text
+
+
+@pytest.mark.parametrize(
+    ("kl", "shown"),
+    [(0.0, "0.0000"), (0.31234, "0.3123"), (7.4e-5, "7.4e-05"), (2e-9, "0.0000"), (float("nan"), "nan")],
+)
+def test_a_small_divergence_is_shown_and_noise_is_none(kl, shown):
+    assert nats(kl) == shown and nats(-2e-9) == "0.0000"
 
 
 @pytest.mark.parametrize("kind", BOUNDS)
