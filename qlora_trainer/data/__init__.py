@@ -15,7 +15,9 @@ jsonfile.py  … of JSON in every shape         tables.py    … of Parquet and 
 turns.py     turns, and their order           tools.py     schemas and calls in one form
 formats.py   rows to checked examples         trees.py     OASST messages to trees
 scan.py      every row read and checked       templates.py which template applies
-sandbox.py   Jinja, with limits               chat.py      a template, and where turns lie
+sandbox.py   Jinja, with limits               form.py      how a template reads thoughts and calls
+chat.py      a template, and what ends turns  layout.py    where in a rendering turns lie
+control.py   people's text is no control token lost.py      what a template leaves out
 encode.py    examples to ids and weights      parallel.py  … by several processes
 store.py     documents on disk                build.py     all of the above, cached
 overlap.py   held-out rows that are trained on

@@ -10,7 +10,7 @@ files and attributes, not from the machine's time and memory. So a rendering has
 * each element of a list or an object that becomes text or is compared (`[x, x]` nested sixty times).
 
 The limits are counts, not seconds: a long conversation on a slow machine is not stopped, and what is stopped
-is stopped everywhere. They are some hundred times what a conversation of MAX_ROW_BYTES needs.
+is stopped everywhere. The longest conversations need less than a tenth of them.
 
 Otherwise the environment is that of transformers (utils/chat_template_utils.py): trim_blocks,
 lstrip_blocks, loop controls, the `generation` tag, `tojson`, `raise_exception`, `strftime_now`. Three things

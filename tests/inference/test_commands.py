@@ -96,6 +96,13 @@ def test_a_base_that_was_moved_is_named_and_another_is_refused(finished, capsys,
         shutil.move(moved, finished.base)
 
 
+def test_chat_takes_bytes_that_are_no_text_in_the_terminals_encoding(finished, capsys, monkeypatch):
+    given = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="ascii")
+    monkeypatch.setattr("sys.stdin", given)
+    assert main(["chat", f"run={finished.adapter.parent}"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
 def test_a_run_that_is_not_there_ends_in_one_line(tmp_path, capsys):
     assert main(["chat", f"run={tmp_path / 'none'}"]) == 66
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
