@@ -49,6 +49,8 @@ def test_quantized_exports_load_with_transformers_and_stay_near(tmp_path, kind, 
     config = json.loads((folder / "config.json").read_text())
     stored = config["quantization_config"]
     assert config["dtype"] == "bfloat16"
+    for path in folder.glob("*.json"):  # the library notes down where it worked
+        assert "/tmp" not in path.read_text() and str(tmp_path) not in path.read_text(), path.name
     kept = load_file(folder / "model.safetensors")
     assert kept["model.embed_tokens.weight"].dtype == torch.bfloat16
     assert torch.float32 not in {tensor.dtype for tensor in kept.values()}
