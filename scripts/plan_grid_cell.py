@@ -31,7 +31,8 @@ from qlora_trainer.model.offload import StreamedWeights, offload_layers
 from qlora_trainer.model.synthetic import random_base
 from qlora_trainer.objectives.sft import sft
 from qlora_trainer.optim import make_optimizer
-from qlora_trainer.plan import hardware, shapes
+from qlora_trainer.plan import hardware
+from qlora_trainer.plan.architecture import Architecture
 from qlora_trainer.plan.hardware import GIB
 from qlora_trainer.plan.plan import RunPlan, make_plan
 from qlora_trainer.plan.settings import DataFacts
@@ -208,7 +209,7 @@ def _plan(cell: Cell, device: Device) -> RunPlan:
         machine = replace(machine, memory=int(cell.cap * GIB))
     tokens = cell.rows * cell.length
     facts = DataFacts(documents=cell.rows, tokens=tokens, supervised=tokens - cell.rows, longest=cell.length)
-    return make_plan(cell.config(), machine, shapes.from_config(device.shape(cell.shape)), facts)
+    return make_plan(cell.config(), machine, Architecture(device.shape(cell.shape)), facts)
 
 
 def steps_of(plan: RunPlan, steps: int) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import CheckpointError
-from qlora_trainer.jobs.planning import data_here, plan_of
+from qlora_trainer.jobs.planning import check_model, data_here, plan_of
 from qlora_trainer.plan import screen
 from qlora_trainer.plan.plan import check
 from qlora_trainer.system.terminal import results
@@ -21,7 +21,8 @@ def run(config: RunConfig) -> None:
         CheckpointError: output_dir cannot be written to.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    plan = plan_of(config, data_here(config), config.plan.num_processes or launched)
+    model = check_model(config)
+    plan = plan_of(config, data_here(config), config.plan.num_processes or launched, model=model)
     if int(os.environ.get("RANK", "0")) == 0:
         screen.show(plan, results)
         folder = Path(config.output_dir or "outputs/plan")

@@ -25,7 +25,7 @@ from qlora_trainer.export.adapter import TrainedOn, export_adapter
 from qlora_trainer.inference.stop import stop_ids
 from qlora_trainer.jobs import comparison, page, wiring
 from qlora_trainer.jobs.accept import accept, check, learning_rate
-from qlora_trainer.jobs.planning import remedies, settled
+from qlora_trainer.jobs.planning import check_model, remedies, settled
 from qlora_trainer.jobs.training import (
     Run,
     base_print,
@@ -117,6 +117,7 @@ def _train(run: Run) -> None:
         warn=lambda text: run.say(text, "yellow"),
     )
     with signals.phase("tokenizing", interruptible=True):
+        architecture = check_model(config)  # what needs neither tokens nor weights, first
         tokenizer = load_tokenizer(base.name_or_path, base.revision)
         data = wiring.load_data(config, tokenizer)
         held_out = wiring.load_held_out(config, tokenizer) if config.evaluate.enabled else []
@@ -125,7 +126,7 @@ def _train(run: Run) -> None:
         for line in concerns(config, tokenizer, data, held_out):
             run.say(f"         {line}", "yellow")
         run.status.note(data=facts_of_data(data, held_out))
-    plan = plan_run(run, data, begun)
+    plan = plan_run(run, data, begun, architecture)
     config = run.config = settled(config, plan)
     loader = wiring.train_loader(config, tokenizer, data, ranks)
     total = config.train.max_steps

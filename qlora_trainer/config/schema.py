@@ -72,6 +72,9 @@ class QuantizationConfig:
     bnb_4bit_compute_dtype: str = _training(
         "auto", SAME, "that 4-bit layers dequantize to; auto: model.dtype", when=_FOUR_BIT
     )
+    allow_partial: bool = _training(
+        False, FREE, "train though less than 90% of the body's weights would be quantized"
+    )
 
 
 @dataclass
@@ -79,7 +82,11 @@ class LoraConfig:
     r: int = _training(64, SAME, "rank of the adapters")
     lora_alpha: float = _training(16, SAME, "adapters are scaled by lora_alpha / r")
     lora_dropout: float = _training(0.0, SAME, "share of the adapters' inputs that a step drops")
-    target_modules: Any = _training("all-linear", SAME, "all-linear, or a list of module name suffixes")
+    target_modules: Any = _training(
+        "all-linear",
+        SAME,
+        "all-linear, ends of names [q_proj,v_proj], or a regular expression over whole names",
+    )
     modules_to_save: Optional[list[str]] = _training(None, SAME, "modules that are trained whole")
     use_rslora: bool = _training(False, SAME, "scale by lora_alpha / sqrt(r)")
     use_dora: bool = _training(False, SAME, "weight-decomposed adapters")

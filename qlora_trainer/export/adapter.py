@@ -4,7 +4,8 @@
       adapter_model.safetensors adapter_config.json    PEFT's own
       tokenizer… chat_template.jinja                   as used in training
       generation_config.json                           the stop tokens
-      training.json                                    how the base was held, and its fingerprint
+      training.json                                    how the base was held, how much of it quantized
+                                                       (elements of what was not, by name), its fingerprint
       README.md                                        the model card
 
 In: the trained PeftModel, its tokenizer and plain values. Out: the folder, whole or not at all.
@@ -29,6 +30,7 @@ from qlora_trainer.export.source import Rows
 from qlora_trainer.inference.load import ADAPTER_WEIGHTS, TRAINED_WITH, dtype_name
 from qlora_trainer.inference.stop import pad_id, stop_ids
 from qlora_trainer.model.fingerprint import base_fingerprint
+from qlora_trainer.model.linears import quantized_share
 from qlora_trainer.model.load import BaseOptions
 from qlora_trainer.model.residual import adapter_settings, published_tensors
 from qlora_trainer.model.source import BUILTIN, resolve
@@ -104,18 +106,20 @@ def export_adapter(
     """
     state = {name: tensor.contiguous() for name, tensor in published_tensors(model).items()}
     base = cast(PreTrainedModel, model.get_base_model())
+    share = quantized_share(base)
     if chat_template is not None:
         tokenizer = copy.copy(tokenizer)
         tokenizer.chat_template = chat_template
     stops = stop_ids(tokenizer, base.generation_config)
     name = snippet.base_name(trained.model_name_or_path)
+    held = f" ({share})" if trained.method != "none" and share.left else ""
     card = Card(
         title=title or folder.resolve().parent.name,
         base=name,
         revision=trained.revision,
         licence=licence_of(Path(trained.source)),
         made=(
-            f"A LoRA adapter (PEFT), trained with QLoRA: the base stayed frozen, held as {trained}, "
+            f"A LoRA adapter (PEFT), trained with QLoRA: the base stayed frozen, held as {trained}{held}, "
             f"computing in {trained.compute_dtype}."
         ),
         data=data or [],
@@ -132,8 +136,12 @@ def export_adapter(
         GenerationConfig(
             eos_token_id=stops, bos_token_id=tokenizer.bos_token_id, pad_token_id=pad_id(tokenizer, stops)
         ).save_pretrained(work)
-        fingerprint = base_fingerprint(trained.source, trained.revision)
-        record = asdict(trained) | {"base_fingerprint": fingerprint, "rows": asdict(rows or Rows())}
+        record = asdict(trained) | {
+            "quantized": share.of_body,
+            "not_quantized": dict(share.left),
+            "base_fingerprint": base_fingerprint(trained.source, trained.revision),
+            "rows": asdict(rows or Rows()),
+        }
         write_json(work / TRAINED_WITH, record)
         write_text(work / "README.md", render(card, measured))
         for licence in licence_files(Path(trained.source)):

@@ -14,17 +14,16 @@ from functools import cached_property
 
 import bitsandbytes.functional as bnb
 import torch
-from bitsandbytes.nn import Linear8bitLt
 from torch import Tensor
 from transformers import (
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.integrations import replace_with_bnb_linear
-from transformers.quantizers.base import HfQuantizer
 
 from qlora_trainer.errors import ConfigError, MissingInputError
+from qlora_trainer.model.linears import quantized_elements
+from qlora_trainer.model.outline import hold
 from qlora_trainer.model.shards import ShardReader, open_files
 from qlora_trainer.model.skeleton import read_configuration, skeleton, stored_method
 from qlora_trainer.model.source import folder_of, weight_files
@@ -117,14 +116,10 @@ class Base:
 
     @cached_property
     def linears(self) -> frozenset[str]:
-        """Weights that transformers would quantize with bitsandbytes: linear layers but the head's."""
-        options = BitsAndBytesConfig(load_in_8bit=True)
+        """Weights that loading quantizes with bitsandbytes: linear layers but the head's."""
         model = self._skeleton()
-        skip = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
-        replace_with_bnb_linear(model, modules_to_not_convert=skip, quantization_config=options)
-        return frozenset(
-            f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear8bitLt)
-        )
+        hold(model, BitsAndBytesConfig(load_in_8bit=True), self.device.type)
+        return frozenset(f"{name}.weight" for name, part in model.named_modules() if quantized_elements(part))
 
     @property
     def quantized(self) -> frozenset[str]:

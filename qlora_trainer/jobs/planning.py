@@ -14,7 +14,8 @@ from qlora_trainer.jobs import wiring
 from qlora_trainer.jobs.fit import check_fit
 from qlora_trainer.model.load import load_tokenizer, pick_device
 from qlora_trainer.model.source import read_config, resolve
-from qlora_trainer.plan import architecture, hardware, settings, shapes
+from qlora_trainer.plan import hardware, settings
+from qlora_trainer.plan.architecture import Architecture
 from qlora_trainer.plan.changes import cheapest
 from qlora_trainer.plan.decide import decide
 from qlora_trainer.plan.plan import RunPlan, make_plan
@@ -57,16 +58,22 @@ def _size(source: str) -> int | None:
 
 
 def plan_of(
-    config: RunConfig, data: DataFacts | None = None, world_size: int = 1, rows: int | None = None
+    config: RunConfig,
+    data: DataFacts | None = None,
+    world_size: int = 1,
+    rows: int | None = None,
+    model: Architecture | None = None,
 ) -> RunPlan:
     """The plan of `config` on the machine that `plan.gpu` names, or on this one.
 
-    `rows`: of a micro-batch, where the configuration says auto and the run has begun with some.
+    `rows`: of a micro-batch, where the configuration says auto and the run has begun with some. `model`:
+    what `architecture_of` gave, to build it once.
 
     Raises:
         MissingInputError: the model's config.json is not there.
+        ConfigError: the model cannot be held or adapted so.
     """
-    return make_plan(config, machine(config), shape_of(config), data, world_size, rows)
+    return make_plan(config, machine(config), model or architecture_of(config), data, world_size, rows)
 
 
 def settled(config: RunConfig, plan: RunPlan) -> RunConfig:
@@ -82,10 +89,11 @@ def settled(config: RunConfig, plan: RunPlan) -> RunConfig:
 
 def remedies(config: RunConfig, data: DataFacts | None = None, world_size: int = 1) -> list[str]:
     """Overrides with which `config` needs less than planned, the mildest first: for a plan that was wrong."""
-    hardware_here, shape = machine(config), shape_of(config)
+    hardware_here, model = machine(config), architecture_of(config)
+    shape = model.shape(config, hardware_here.device)
     asked = settings.from_config(config, hardware_here, shape, data, world_size)
     settled_now = {"model.offload": decide(shape, asked, hardware_here).settings.offload}
-    found = cheapest(with_values(config, settled_now), hardware_here, shape, data, world_size)
+    found = cheapest(with_values(config, settled_now), hardware_here, model, data, world_size)
     return [f"{change.overrides} (peak {change.peak / 2**30:.1f} GiB)" for change in found]
 
 
@@ -112,7 +120,22 @@ def machine(config: RunConfig) -> hardware.Hardware:
     return hardware.detect(pick_device(config.model.device).type, Path(str(config.output_dir)))
 
 
-def shape_of(config: RunConfig) -> shapes.ModelShape:
-    name = str(config.model.model_name_or_path)
-    source = resolve(name, config.model.revision)
-    return architecture.shape_of(read_config(name, config.model.revision), Path(source))
+def architecture_of(config: RunConfig) -> Architecture:
+    """The model of `config` before its weights.
+
+    Raises:
+        MissingInputError: its config.json is not there.
+    """
+    name, revision = str(config.model.model_name_or_path), config.model.revision
+    return Architecture(read_config(name, revision), Path(resolve(name, revision)))
+
+
+def check_model(config: RunConfig) -> Architecture:
+    """What needs no weights, asked before anything takes time: targets, modules to save, what is quantized.
+
+    Raises:
+        MissingInputError, ConfigError: as `Architecture.shape`.
+    """
+    model = architecture_of(config)
+    model.shape(config, machine(config).device)
+    return model

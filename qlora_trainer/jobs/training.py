@@ -33,12 +33,14 @@ from qlora_trainer.model.fingerprint import base_fingerprint
 from qlora_trainer.model.forward import ReferenceForward
 from qlora_trainer.model.fuse import fuse
 from qlora_trainer.model.fused.decoder import FusedForward
+from qlora_trainer.model.linears import in_kinds, quantized_share
 from qlora_trainer.model.load import BaseOptions, load_base
 from qlora_trainer.model.lora import attach
 from qlora_trainer.model.offload import StreamedWeights, offload_layers
 from qlora_trainer.model.residual import is_residual
 from qlora_trainer.model.source import resolve
 from qlora_trainer.plan import screen
+from qlora_trainer.plan.architecture import Architecture
 from qlora_trainer.plan.plan import RunPlan, check, compare
 from qlora_trainer.system import redact
 from qlora_trainer.system.disk import atomic_write
@@ -92,6 +94,9 @@ def load_model(run: Run, base: BaseOptions, plan: RunPlan, begun: Checkpoint | N
         torch.device("cpu") if streamed else device,
         say=lambda line: run.say(f"         {line}", "dim"),
     )
+    share = quantized_share(model)
+    if not config.quantization.allow_partial:  # the plan has asked, but which layers GPTQ left is known now
+        share.check(base.method)
     options = wiring.lora_options(config)
     stored = None
     if begun is not None and is_residual(options.init_lora_weights):
@@ -106,13 +111,14 @@ def load_model(run: Run, base: BaseOptions, plan: RunPlan, begun: Checkpoint | N
     double = " + double quantization" if getattr(stored, "bnb_4bit_use_double_quant", False) else ""
     run.say(
         f"model    {base.name_or_path}  {base.method}{double}, "
+        f"{'' if base.method == 'none' else f'{share}, '}"
         f"{str(base.dtype).removeprefix('torch.')} on {run.ranks.device}, "
         f"{trainable:,} adapter parameters, loaded in {time.monotonic() - started:.1f} s"
     )
     return adapted
 
 
-def plan_run(run: Run, data: TokenizedData, begun: Checkpoint | None) -> RunPlan:
+def plan_run(run: Run, data: TokenizedData, begun: Checkpoint | None, model: Architecture) -> RunPlan:
     """Says what the run will need before any weight loads; the same micro-batch on every rank.
 
     The caller writes plan.json when the start is accepted.
@@ -125,10 +131,10 @@ def plan_run(run: Run, data: TokenizedData, begun: Checkpoint | None) -> RunPlan
     """
     facts, ranks = facts_of(data), run.ranks
     rows = begun.state["identity"].get("train.per_device_train_batch_size") if begun else None
-    plan = plan_of(run.config, facts, ranks.world_size, rows)
+    plan = plan_of(run.config, facts, ranks.world_size, rows, model)
     smallest = -ranks.max(-plan.rows)  # of the ranks' choices: one may have less memory
     if smallest != plan.rows:
-        plan = plan_of(run.config, facts, ranks.world_size, smallest)
+        plan = plan_of(run.config, facts, ranks.world_size, smallest, model)
     if run.ranks.main:
         screen.show(plan, console)
         if run.accepted:
@@ -155,8 +161,16 @@ def make_forward(run: Run, model: PeftModel, plan: RunPlan) -> FusedForward | Re
             StreamedWeights(forward)
         for line in report.lines():
             run.say(f"         {line}", "dim")
-    if isinstance(forward, ReferenceForward) and "full" in plan.policies:
-        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        run.say(f"         model: reference: {plan.reference_because}", "dim")
+    if isinstance(forward, ReferenceForward):
+        if "full" in plan.policies:
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        if unreached := forward.check():
+            names = ", ".join(sorted({in_kinds(name) for name in unreached}))
+            run.say(
+                f"         no token of a text reaches {len(unreached)} adapter matrices: {names}", "yellow"
+            )
     return forward
 
 

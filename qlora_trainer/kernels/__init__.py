@@ -72,15 +72,29 @@ def triton_set() -> Operations:
     return _from("triton", adapter_grad, cross_entropy, dequantize, dropout, fp8, glu, norm, pack, rotary)
 
 
+def why_plain(device: str, capability: tuple[int, int] | None, triton: bool) -> str | None:
+    """Why a kind of device gets the plain-torch set, in one line; None where it gets Triton's.
+
+    Args:
+        device: `cuda` or `cpu`.
+        capability: CUDA's; None of a card that is not known, which is taken for a recent one.
+        triton: whether the package is installed.
+    """
+    if device != "cuda":
+        return f"plain torch: Triton kernels need a CUDA device, this is {device}"
+    if not triton:
+        return "plain torch: the package `triton` is not installed"
+    if capability is not None and capability < (8, 0):
+        return f"plain torch: compute capability {capability[0]}.{capability[1]} has no bfloat16"
+    return None
+
+
 def pick(device: torch.device) -> tuple[Operations, str]:
     """The set for `device`, and the reason in one line."""
-    if device.type != "cuda":
-        return plain(), f"plain torch: Triton kernels need a CUDA device, this is {device.type}"
-    if importlib.util.find_spec("triton") is None:
-        return plain(), "plain torch: the package `triton` is not installed"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return plain(), f"plain torch: compute capability {capability[0]}.{capability[1]} has no bfloat16"
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    why = why_plain(device.type, capability, importlib.util.find_spec("triton") is not None)
+    if why is not None:
+        return plain(), why
     import triton
 
     return triton_set(), f"triton {triton.__version__} on {torch.cuda.get_device_name(device)}"

@@ -30,8 +30,9 @@ from transformers import (
 
 from qlora_trainer.errors import CheckpointError, MissingInputError
 from qlora_trainer.model.files import KEY, weights_in
+from qlora_trainer.model.linears import as_plain_linears, class_to_load, leave_misread
 from qlora_trainer.model.shards import release_freed, stored_tensors
-from qlora_trainer.model.skeleton import first_line, skeleton
+from qlora_trainer.model.skeleton import first_line, skeleton, stored_method
 from qlora_trainer.model.source import weight_files
 from qlora_trainer.system.terminal import to_stderr
 
@@ -84,7 +85,12 @@ def assemble(
             )
             return model
         described = skeleton(config, dtype)
-        model, found = type(described).from_pretrained(
+        kind = type(described)
+        quantized = quantization is not None or stored_method(config) is not None
+        to_load = class_to_load(kind) if quantized and as_plain_linears(described) else kind
+        if quantization is not None:
+            leave_misread(described, quantization)
+        model, found = to_load.from_pretrained(
             None,
             config=described.config,
             state_dict=stored_tensors(files, device),
@@ -97,6 +103,7 @@ def assemble(
         raise MissingInputError(f"{KEY}: {error}") from error
     except (OSError, ValueError, ImportError) as error:
         raise MissingInputError(f"{KEY}: cannot load {source}: {first_line(error)}") from error
+    model.__class__ = kind
     release_freed()
     _check_loaded(model, described, found, source, say)
     model.config.name_or_path = model.name_or_path = source

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qlora_trainer.data.batch import IGNORE, Batch
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.model.layers import causal_of
 from qlora_trainer.model.residual import base_alone
 
 
@@ -90,7 +91,62 @@ class ReferenceForward:
         inputs: dict[str, Tensor] = {"input_ids": batch.input_ids}
         if batch.packed:
             inputs |= self._isolation(batch)
-        return self.model(**inputs, logits_to_keep=keep, use_cache=False).logits
+        logits: Tensor = self.model(**inputs, logits_to_keep=keep, use_cache=False).logits
+        # an architecture that has no `logits_to_keep` gives all of them
+        return logits if logits.shape[1] == keep.numel() else logits[:, keep]
+
+    def check(self) -> list[str]:
+        """Takes a step of two short rows through transformers' own code, before any is taken in earnest.
+
+        Nothing of it stays: neither gradients nor random numbers drawn. Returns the names of trainable
+        parameters that no token of a text reaches.
+
+        Raises:
+            ConfigError: that code fails in training, or a token sees those that come after it.
+        """
+        causal = causal_of(self.model)
+        kind = causal.config.model_type
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        device = next(iter(trained.values())).device
+        batch = _two_rows(causal.get_input_embeddings().weight.shape[0]).to(device)
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                self(batch).nll.sum().backward()
+            sees_ahead = self._sees_ahead(batch.input_ids)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever an architecture's own code raises is about the architecture
+            raise ConfigError(
+                f"model type {kind} cannot be trained here: its own code in transformers fails on two rows "
+                f"of {batch.input_ids.shape[1]} tokens: {type(error).__name__}: "
+                f"{' '.join(str(error).split())[:200]}"
+            ) from error
+        finally:
+            reached = [name for name, p in trained.items() if p.grad is not None]
+            for parameter in trained.values():
+                parameter.grad = None
+        if sees_ahead:
+            encoder = getattr(causal.config, "is_decoder", None) is False
+            hint = "; is_decoder=true in its config.json makes a decoder of it" if encoder else ""
+            raise ConfigError(
+                f"model type {kind} cannot be trained here: a token sees those after it, so each answer is "
+                f"known before it is learned{hint}"
+            )
+        return [name for name in trained if name not in reached]
+
+    @torch.no_grad()
+    def _sees_ahead(self, ids: Tensor) -> bool:
+        """Whether another last token changes what comes before it."""
+        other, training = ids.clone(), self.model.training
+        other[:, -1] = (other[:, -1] + 1) % 3
+        self.model.eval()
+        try:
+            before, after = (self.model(input_ids=x, use_cache=False).logits[:, :-1] for x in (ids, other))
+        finally:
+            self.model.train(training)
+        # a mixture of experts rounds otherwise when other tokens share an expert
+        rounding = 1e-5 if before.dtype == torch.float32 else 3e-2
+        return bool((before - after).abs().max() > rounding * before.abs().max())
 
     def _isolation(self, batch: Batch) -> dict[str, Tensor]:
         if self._explicit_mask is None:
@@ -127,6 +183,16 @@ class ReferenceForward:
             f"train.packing=true: {type(self.model).__name__} lets packed documents see each other; "
             "set train.packing=false (train.group_by_length=true keeps padding low)"
         )
+
+
+def _two_rows(vocabulary: int) -> Batch:
+    """Rows of 7 and 5 tokens, padded, all labelled."""
+    ids = torch.arange(14).view(2, 7) % vocabulary
+    documents = torch.zeros_like(ids, dtype=torch.int32)
+    documents[1, 5:] = -1
+    labels = ids.masked_fill(documents < 0, IGNORE)
+    positions = torch.arange(7).expand(2, 7).contiguous()
+    return Batch(ids, labels, (labels != IGNORE).float(), positions, documents, (0, 1))
 
 
 def document_mask(document_ids: Tensor) -> Tensor:

@@ -23,7 +23,9 @@ def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
     """
     causal = causal_of(model)
     number = getattr(causal.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    inside = {id(module) for module in causal.get_decoder().modules()}
     lists = [(name, module) for name, module in causal.named_modules() if isinstance(module, nn.ModuleList)]
+    lists = [found for found in lists if id(found[1]) in inside] or lists
     fitting = [found for found in lists if len(found[1]) == number] or lists
 
     def size(found: tuple[str, nn.ModuleList]) -> int:

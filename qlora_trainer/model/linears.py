@@ -10,9 +10,12 @@ stay as they are.
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
@@ -20,11 +23,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
 
+from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.layers import beside_the_decoder
 
 ENOUGH = 0.9  # of the body; a base of which less is quantized is not what its method's name says
 SHOWN = 4  # groups of weights that a message names
+_OURS = re.compile(r"\.(lora_\w+|modules_to_save)\.")  # what PEFT adds to a model
+_WRAPPED = re.compile(r"^base_model\.model\.|\.(base_layer|original_module|default)(?=\.)")  # and its words
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -79,6 +86,57 @@ def _is_like_linear(module: Any) -> bool:
     return isinstance(module, nn.Linear) and is_linear(module)
 
 
+def misread(model: nn.Module) -> dict[str, bool]:
+    """Linear layers whose weight their owner's code reads itself, past their forward.
+
+    Quantized, such a weight is packed codes: `x.to(self.weights_proj.weight.dtype)` makes bytes of the
+    activations (indexers of sparse attention), `self.dt_proj.weight @ x` fails (Mamba). So they stay as they
+    are. True where it reads values and not the dtype alone: then it passes an adapter by, too.
+    """
+    found: dict[str, bool] = {}
+    for name, owner in model.named_modules():
+        kind: Any = type(owner)
+        for child, module in owner.named_children():
+            if isinstance(module, nn.Linear) and (reads := _reads(kind, child)) is not None:
+                found[f"{name}.{child}".lstrip(".")] = reads
+    return found
+
+
+@cache
+def _reads(owner: Any, child: str) -> bool | None:
+    """Whether a class's own code reads values (True) or the dtype (False) of `self.child.weight`."""
+    if owner.__module__.startswith("torch."):
+        return None
+    source = _source(owner)
+    weight = rf"self\.{re.escape(child)}\.weight"
+    if re.search(rf"{weight}( @|\.(data|clamp|type|reshape|float|T)\b)", source):
+        return True
+    return False if re.search(rf"to\((dtype=)?{weight}\.dtype\)", source) else None
+
+
+def _source(owner: Any) -> str:
+    """The text of a class; `inspect.getsource` parses the whole file for each. Empty if made in memory."""
+    try:
+        text = _text(inspect.getfile(owner))
+    except (OSError, TypeError):
+        return ""
+    found = re.search(rf"^class {owner.__name__}\b.*?(?=^\S|\Z)", text, re.MULTILINE | re.DOTALL)
+    return found.group() if found else ""
+
+
+@cache
+def _text(file: str) -> str:
+    return Path(file).read_text(encoding="utf-8")
+
+
+def leave_misread(model: PreTrainedModel, quantization: Any) -> None:
+    """Tells transformers to leave `misread` layers as they are, beside those that it leaves anyway."""
+    head = model.get_output_embeddings()
+    names = [name for name in misread(model) if model.get_submodule(name) is not head]
+    if names:
+        quantization.llm_int8_skip_modules = sorted({*get_keys_to_not_convert(model), *names})
+
+
 def class_to_load(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """A class of the same name whose models have plain linear layers before any weight is read.
 
@@ -96,10 +154,14 @@ def class_to_load(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
 def adaptable(model: PreTrainedModel) -> list[str]:
     """The linear layers that `all-linear` means: all that text passes, the head apart."""
     head, beside = model.get_output_embeddings(), beside_the_decoder(model)
+    past = misread(model)
     return [
         name
         for name, module in model.named_modules()
-        if is_linear(module) and module is not head and not f"{name}.".startswith(beside)
+        if is_linear(module)
+        and module is not head
+        and not past.get(name)
+        and not f"{name}.".startswith(beside)
     ]
 
 
@@ -130,6 +192,18 @@ class Share:
             named.append(f"{len(self.left) - SHOWN} more kinds")
         return ", ".join(named)
 
+    def check(self, method: str) -> None:
+        """Refuses what would be called quantized and is not.
+
+        Raises:
+            ConfigError: naming what would stay as it is.
+        """
+        if not self.enough and method != "none":
+            raise ConfigError(
+                f"quantization.method={method} reaches {self}; quantization.allow_partial=true trains it so, "
+                "quantization.method=none calls it what it is"
+            )
+
     def __str__(self) -> str:
         said = f"{percent(self.of_body)} of the body's weights"
         return f"{said}; not quantized: {self.names()}" if self.left else said
@@ -141,13 +215,14 @@ def percent(share: float) -> str:
 
 
 def quantized_share(model: PreTrainedModel) -> Share:
-    """Of a base without adapters, loaded or a skeleton."""
-    head = model.get_output_embeddings()
+    """Of a base, loaded or a skeleton; adapters on it do not count."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    apart = {id(module) for end in ends if end is not None for module in end.modules()}
     quantized = 0
     left: Counter[str] = Counter()
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if module is head or isinstance(module, nn.Embedding):
+        if id(module) in apart or isinstance(module, nn.Embedding) or _OURS.search(f"{name}."):
             continue
         if size := quantized_elements(module):
             quantized += size
@@ -155,9 +230,13 @@ def quantized_share(model: PreTrainedModel) -> Share:
         for own, parameter in module.named_parameters(recurse=False):
             if parameter.dim() >= 2 and id(parameter) not in seen:
                 seen.add(id(parameter))
-                kind = f"{name}.{own}".removesuffix(".weight")
-                left[re.sub(r"(?<=\.)\d+(?=\.)", "*", kind)] += parameter.numel()
+                left[in_kinds(f"{name}.{own}")] += parameter.numel()
     return Share(quantized, quantized + left.total(), tuple(left.most_common()))
+
+
+def in_kinds(name: str) -> str:
+    """A parameter's name with `*` for numbers, without PEFT's words and `weight`."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", _WRAPPED.sub("", name)).removesuffix(".weight")
 
 
 def quantized_elements(module: Any) -> int:

@@ -146,7 +146,7 @@ def load_base(
     config = read_configuration(source, options.revision, options.trust_remote_code, say)
     if Path(source).is_dir() and (beside := strays(Path(source))):
         say(f"{source}: {', '.join(beside)} beside the model's own weights: not read")
-    quantization = _quantization_config(options, config)
+    quantization = quantization_config(options, config)
     read = partial(
         assemble, device=device, dtype=options.dtype, attn_implementation=options.attn_implementation, say=say
     )
@@ -197,17 +197,27 @@ def _settled(model: PreTrainedModel, options: BaseOptions, device: torch.device)
     model.config.use_cache = False  # a key-value cache is of no use in training; generation sets its own
     model.requires_grad_(False)
     keep_unpacked(model)
-    for name, module in model.named_modules():
+    check_widths(model, options.method, device.type)
+    for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            if device.type == "cpu" and module.in_features % BLOCKSIZE:
-                # Seen with bitsandbytes 0.50.2: a 64 x 96 weight comes back with 28% error instead of 9%.
-                raise ConfigError(
-                    f"quantization.method={options.method}: on a CPU, bitsandbytes misreads 4-bit weights "
-                    f"whose width is no multiple of {BLOCKSIZE}, such as {name} ({module.in_features}): "
-                    "use a GPU, or quantization.method=int8 or none"
-                )
             module.compute_dtype = options.compute_dtype  # a stored 4-bit checkpoint brings its own
     return model
+
+
+def check_widths(model: nn.Module, method: str, device: str) -> None:
+    """Whether the 4-bit layers of `model`, loaded or an outline, are right on a `cuda` or `cpu` device.
+
+    Raises:
+        ConfigError: seen with bitsandbytes 0.50.2 on a CPU: a 64 x 96 weight comes back with 28% error
+            instead of 9%.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit) and device == "cpu" and module.in_features % BLOCKSIZE:
+            raise ConfigError(
+                f"quantization.method={method}: on a CPU, bitsandbytes misreads 4-bit weights "
+                f"whose width is no multiple of {BLOCKSIZE}, such as {name} ({module.in_features}): "
+                "use a GPU, or quantization.method=int8 or none"
+            )
 
 
 def keep_unpacked(model: nn.Module) -> None:
@@ -223,9 +233,14 @@ def keep_unpacked(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _quantization_config(
+def quantization_config(
     options: BaseOptions, config: Any
 ) -> BitsAndBytesConfig | GPTQConfig | AwqConfig | None:
+    """What transformers is to be told; None for 16 or 32 bits, and for what the checkpoint says itself.
+
+    Raises:
+        ConfigError: the checkpoint is stored in another way than `options.method`.
+    """
     found = stored_method(config)
     if found is not None:
         stored = config.quantization_config

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora_trainer.errors import ConfigError
-from qlora_trainer.model import residual
+from qlora_trainer.model import residual, targets
 
 
 @dataclass(frozen=True)
@@ -44,42 +44,27 @@ def attach(
     Raises:
         ConfigError: a target or a module to save is not in the model.
     """
-    targets = options.target_modules
-    packed = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "qweight")}
-    if targets == "all-linear" and packed:
-        targets = sorted(packed)  # PEFT does not count GPTQ's and AWQ's layers as linear ones
     begins_in_weights = residual.is_residual(options.init_lora_weights)
     config = peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM,
         r=options.r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
         modules_to_save=list(options.modules_to_save) if options.modules_to_save else None,
         use_rslora=options.use_rslora,
         use_dora=options.use_dora,
         init_lora_weights=True if begins_in_weights else options.init_lora_weights,
         bias="none",
     )
-    for wanted in options.modules_to_save or ():
-        found = [m for name, m in model.named_modules() if name == wanted or name.endswith(f".{wanted}")]
-        if not found:
-            raise ConfigError(f"lora.modules_to_save: the model has no module named {wanted!r}")
-        if any(not p.is_floating_point() for module in found for p in module.parameters()):
-            raise ConfigError(
-                f"lora.modules_to_save: {wanted!r} is quantized and cannot be trained whole; "
-                "leave it to the adapter, or set quantization.method=none"
-            )
+    found = targets.resolve(model, options.target_modules, config)
+    config.target_modules = found if isinstance(found, str) else set(found)
+    targets.check_whole(model, options.modules_to_save or ())
     torch.manual_seed(seed)
     try:
         adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
-        linear = sorted(
-            {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if "Linear" in type(m).__name__}
-        )
         raise ConfigError(
-            f"lora.target_modules={targets!r} does not fit this model, whose linear layers are "
-            f"{', '.join(linear)}: {str(error).splitlines()[0]}"
+            f"lora: PEFT cannot adapt a {model.config.model_type} so: {' '.join(str(error).split())}"
         ) from error
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad and "modules_to_save" not in name:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.model.linears import as_plain_linears
 from qlora_trainer.model.load import keep_unpacked
 
 BLOCK, NESTED_BLOCK = 64, 256  # elements a scale, scales a second-level scale: bitsandbytes' defaults
@@ -50,6 +51,8 @@ def random_base(
     generator = torch.Generator(device).manual_seed(seed)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if method != "none":
+        as_plain_linears(model)
     head = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and module is not head:

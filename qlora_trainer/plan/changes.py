@@ -1,6 +1,6 @@
 """What to set instead when a run does not fit: the three cheapest changes, each with its new peak.
 
-In: the configuration, the machine, the shape, the data. Out: `Change`s; each is the plan of the changed
+In: the configuration, the machine, the model, the data. Out: `Change`s; each is the plan of the changed
 configuration, so what a change entails (another path, other policies) is in its peak.
 """
 
@@ -12,12 +12,13 @@ from typing import Any
 
 from qlora_trainer.config.frozen import with_values
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.errors import ConfigError
 from qlora_trainer.plan import settings as settings_module
+from qlora_trainer.plan.architecture import Architecture
 from qlora_trainer.plan.decide import Decision, decide
 from qlora_trainer.plan.hardware import Hardware
 from qlora_trainer.plan.memory import context
 from qlora_trainer.plan.settings import DataFacts, Settings
-from qlora_trainer.plan.shapes import ModelShape
 
 SHORTEST = 128  # tokens: no shorter documents are proposed
 ROUNDS = 5  # changes that are proposed together at most
@@ -51,7 +52,7 @@ class _Tried:
 def cheapest(
     config: RunConfig,
     hardware: Hardware,
-    shape: ModelShape,
+    architecture: Architecture,
     data: DataFacts | None = None,
     world_size: int = 1,
     rows: int | None = None,
@@ -64,6 +65,7 @@ def cheapest(
 
     def plan(values: Values) -> Decision:
         changed = with_values(config, values)
+        shape = architecture.shape(changed, hardware.device)
         asked = settings_module.from_config(changed, hardware, shape, data, world_size, rows)
         return decide(shape, asked, hardware)
 
@@ -92,7 +94,10 @@ def _best(start: _Tried, plan: Callable[[Values], Decision]) -> list[_Tried]:
     kinds: dict[str, list[_Tried]] = {}
     always = context(start.found.settings)
     for values, consequence in _candidates(start.found.settings):
-        found = plan(start.values | values)
+        try:
+            found = plan(start.values | values)
+        except ConfigError:  # a base that is stored quantized stays as it is
+            continue
         if found.peak - always < 0.99 * (start.found.peak - always):
             tried = _Tried(start.values | values, (*start.consequences, consequence), found)
             kinds.setdefault(next(iter(values)), []).append(tried)

@@ -6,7 +6,6 @@ In: shape and settings. Out: `FastPath`, bytes of one micro-batch under each act
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from qlora_trainer.model.fused.activations import POLICIES, RECOMPUTED, RECOMPUTES
 from qlora_trainer.model.fused.attention import AttentionSize
@@ -17,30 +16,25 @@ from qlora_trainer.model.fused.projection import ALIGN, ProductSize
 from qlora_trainer.plan.settings import Settings
 from qlora_trainer.plan.shapes import ModelShape
 
-GROUPS = {
-    "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv", "o_proj": "o",
-    "gate_proj": "gate_up", "up_proj": "gate_up", "gate_up_proj": "gate_up", "down_proj": "down",
-}  # fmt: skip
-
 
 def groups(shape: ModelShape, settings: Settings) -> dict[str, ProductSize]:
     """The four products of a layer by role."""
-    targets = {x.name for x in shape.targets(settings.target_modules)}
-    found: dict[str, ProductSize] = {}
-    for x in shape.linears:
-        if x.layer == 0 and x.name in GROUPS:
-            role = GROUPS[x.name]
-            none = ProductSize(0, x.in_features, 0, ALIGN[settings.device], settings.fp8)
-            before = found.get(role, none)
-            rank = settings.r if x.name in targets else 0
-            found[role] = replace(before, n=before.n + x.out_features, rank=before.rank + rank)
-    return found
+    assert shape.layer is not None, f"{shape.model_type} is not of the fast path"
+    align = ALIGN[settings.device]
+    return {
+        role: ProductSize(group.n, group.k, settings.r * group.rank, align, settings.fp8)
+        for role, group in shape.layer.groups.items()
+    }
+
+
+def head_size(shape: ModelShape, settings: Settings) -> HeadSize:
+    """An LM head that makes its logits a chunk at a time."""
+    return HeadSize(shape.hidden, shape.vocab, settings.dtype_bytes, CHUNK_BYTES[settings.device])
 
 
 def layer_size(shape: ModelShape, settings: Settings) -> LayerSize:
     """One decoder layer of `settings.tokens`."""
     found = groups(shape, settings)
-    assert set(found) == {"qkv", "o", "gate_up", "down"}, f"{shape.model_type} is not of the fast path"
     s, sandwich = settings.dtype_bytes, shape.norms == 4
     attention = AttentionSize(
         shape.hidden, shape.q, shape.kv, shape.heads, sandwich, found["qkv"], found["o"], s
@@ -57,8 +51,7 @@ class FastPath:
     def __init__(self, shape: ModelShape, settings: Settings) -> None:
         self.shape, self.settings = shape, settings
         self.layer = layer_size(shape, settings)
-        chunk = CHUNK_BYTES[settings.device]
-        self._head = HeadSize(shape.hidden, shape.vocab, settings.dtype_bytes, chunk)
+        self._head = head_size(shape, settings)
 
     def kept(self, policy: str) -> int:
         """What one layer keeps on the device."""

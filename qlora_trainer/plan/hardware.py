@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from qlora_trainer.errors import ConfigError
@@ -28,6 +29,7 @@ class Hardware:
         bandwidth: bytes/s of device memory.
         bus: bytes/s between device and pinned host memory, one direction, as reached.
         capability: CUDA's number for what it can compute; None: not known, taken for a recent one.
+        triton: whether its kernels can be compiled there.
         host_memory: bytes of RAM that are available, None if not known.
         disk: bytes that are free where the run writes, None if not known.
     """
@@ -39,6 +41,7 @@ class Hardware:
     bandwidth: float | None
     bus: float | None
     capability: tuple[int, int] | None = None
+    triton: bool = True
     host_memory: int | None = None
     disk: int | None = None
 
@@ -143,6 +146,7 @@ def detect(device: str, folder: Path) -> Hardware:
         name=properties.name,
         memory=properties.total_memory,
         capability=(properties.major, properties.minor),
+        triton=find_spec("triton") is not None,
         host_memory=host,
         disk=disk,
     )

@@ -23,7 +23,8 @@ STATE_BLOCK = 256  # elements that share an 8-bit moment's scale (optim/eight_bi
 PAGE_ELEMENTS, SLOTS = 1 << 21, 3  # optim/pages.py
 CUBLAS_WORKSPACE = 65 * MIB  # 32 MiB each for cuBLAS and cuBLASLt on Hopper
 CAPTURED_WORKSPACE = 32 * MIB  # and one more on the stream that CUDA graphs are captured on
-CONTEXT = {"cuda": 500 * MIB, "cpu": 640 * MIB}  # outside PyTorch's allocator: CUDA, or the whole process
+CONTEXT = {"cuda": 500 * MIB, "cpu": 576 * MIB}  # outside PyTorch's allocator: CUDA, or the whole process
+TOKENIZER = 1350  # bytes of RAM a token of the vocabulary: 42 MiB of 32,000, 166 of 128,000, 337 of 262,000
 GPTQMODEL = 512 * MIB  # of the process: that library, and the compiler that it calls on a CPU
 
 
@@ -79,33 +80,28 @@ def _allocation(size: int) -> int:
 
 
 def adapter_parameters(shape: ModelShape, settings: Settings) -> int:
-    """Trainable elements: A [r, in] and B [out, r] of every target, DoRA's magnitudes, whole modules."""
-    targets = shape.targets(settings.target_modules)
-    count = sum(settings.r * (x.in_features + x.out_features) for x in targets)
-    if settings.dora:
-        count += sum(x.out_features for x in targets)
-    for module in settings.modules_to_save:
-        count += shape.head_numel if module in ("embed_tokens", "lm_head", "wte") else 0
-        count += sum(x.numel for x in shape.linears if x.name == module)
-    return count
+    """Trainable elements."""
+    return shape.trainable(settings.r)
 
 
 def layer_codes(shape: ModelShape, settings: Settings) -> int:
     """Bytes of the 4-bit codes of all decoder layers: what `model/offload.py` keeps on the host."""
-    return sum(x.numel for x in shape.linears if x.layer is not None) // 2
+    return sum(x.numel for x in shape.linears if x.layer is not None and x.quantized) // 2
 
 
 def fixed(shape: ModelShape, settings: Settings) -> Fixed:
     bytes_each = {"nf4": 0.5, "fp4": 0.5, "int8": 1.0, "gptq": 0.5, "awq": 0.5}
-    each = bytes_each.get(settings.method, settings.dtype_bytes)
+    each = bytes_each.get(settings.method, 0.0)
     trained = adapter_parameters(shape, settings)
-    base_weights = int(sum(x.numel for x in shape.linears) * each)
+    base_weights = int(sum(x.numel for x in shape.linears if x.quantized) * each)
+    base_weights += settings.dtype_bytes * sum(x.numel for x in shape.linears if not x.quantized)
+    base_weights += settings.dtype_bytes * shape.loose
     if settings.offload == "layers":  # two slots instead of all layers
         base_weights -= layer_codes(shape, settings) * (shape.layers - 2) // shape.layers
     embedding = 0 if settings.offload in ("embeddings", "layers") and shape.head else shape.embedding
     return Fixed(
         base_weights=base_weights,
-        quantization_constants=sum(constants_bytes(x, settings) for x in shape.linears),
+        quantization_constants=sum(constants_bytes(x, settings) for x in shape.linears if x.quantized),
         e4m3_copies=FastPath(shape, settings).e4m3() if settings.fp8 else 0,
         embeddings_and_head=settings.dtype_bytes * (embedding + shape.head + shape.other),
         adapter=settings.adapter_bytes * trained,
@@ -186,8 +182,9 @@ def comparison_phase(
     if settings.new_tokens:
         tokens = wide.tokens + wide.rows * settings.new_tokens
         cache = tokens * path.shape.layers * 2 * path.shape.kv * settings.dtype_bytes
-    reference = ReferencePath(path.shape, settings)
-    return _held_out("comparison", reference, settings, base, state, dequantized, cache)
+    whole = replace(settings, chunked=False)
+    reference = ReferencePath(path.shape, whole)
+    return _held_out("comparison", reference, whole, base, state, dequantized, cache)
 
 
 def _held_out(
@@ -250,9 +247,11 @@ def captured(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
 
 
 def context(settings: Settings) -> int:
-    """Bytes outside PyTorch's allocator."""
-    packed = settings.device == "cpu" and settings.method in ("gptq", "awq")
-    return CONTEXT[settings.device] + (GPTQMODEL if packed else 0)
+    """Bytes outside PyTorch's allocator; on a CPU the tokenizer's too."""
+    if settings.device != "cpu":
+        return CONTEXT[settings.device]
+    packed = GPTQMODEL if settings.method in ("gptq", "awq") else 0
+    return CONTEXT["cpu"] + packed + TOKENIZER * settings.vocabulary
 
 
 def _parts(base: Fixed, settings: Settings, state: int, dequantized: int = 0) -> dict[str, int]:

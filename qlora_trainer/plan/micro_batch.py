@@ -1,6 +1,6 @@
 """`train.per_device_train_batch_size=auto`: how many of an optimizer step's rows run together.
 
-In: the configuration, the machine, the shape, the data's lengths. Out: rows of a micro-batch. The rows of a
+In: the configuration, the machine, the model, the data's lengths. Out: rows of a micro-batch. The rows of a
 step on each device are fixed (`train.gradient_accumulation_steps`), and with them the tokens and the
 gradient, which is normalised over the whole step. What is chosen is a pure function of what comes in.
 """
@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.plan import settings
+from qlora_trainer.plan.architecture import Architecture
 from qlora_trainer.plan.choose import assumed
 from qlora_trainer.plan.decide import decide
 from qlora_trainer.plan.hardware import Hardware
 from qlora_trainer.plan.settings import DataFacts
-from qlora_trainer.plan.shapes import ModelShape
 
 AS_FAST = 1.01  # times the fastest step: not worth the memory of more rows
 
@@ -21,7 +21,7 @@ AS_FAST = 1.01  # times the fastest step: not worth the memory of more rows
 def pick(
     config: RunConfig,
     hardware: Hardware,
-    shape: ModelShape,
+    architecture: Architecture,
     data: DataFacts | None = None,
     world_size: int = 1,
 ) -> int:
@@ -30,6 +30,7 @@ def pick(
     On a card whose speed is not known, by the speed that `choose` assumes. 1 if nothing fits.
     """
     machine = assumed(hardware)
+    shape = architecture.shape(config, hardware.device)
     seconds: dict[int, float] = {}
     for rows in divisors(config.train.gradient_accumulation_steps):
         asked = settings.from_config(config, machine, shape, data, world_size, rows)

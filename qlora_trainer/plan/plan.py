@@ -1,4 +1,4 @@
-"""RunConfig, hardware and shape -> RunPlan: will it fit, how, and how long will it take.
+"""RunConfig, hardware and model -> RunPlan: will it fit, how, and how long will it take.
 
 Pure and quick: nothing is loaded, no device is touched. `check` is what a run calls before loading.
 """
@@ -10,12 +10,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.plan import memory
 from qlora_trainer.plan import settings as settings_module
+from qlora_trainer.plan.architecture import Architecture
 from qlora_trainer.plan.changes import Change, cheapest
 from qlora_trainer.plan.choose import Choice
 from qlora_trainer.plan.decide import decide
@@ -24,6 +25,9 @@ from qlora_trainer.plan.micro_batch import divisors, pick
 from qlora_trainer.plan.settings import DataFacts, Settings
 from qlora_trainer.plan.shapes import ModelShape
 from qlora_trainer.plan.speed import token_flops
+
+if TYPE_CHECKING:
+    from qlora_trainer.model.linears import Share
 
 MARGIN, WIDE_MARGIN = 0.05, 0.20  # of the memory prediction, for tested and for unknown architectures
 HOST_MARGIN, HOST_ROUNDING = 0.20, 256 << 20  # of RAM: libraries and the allocator's holes are in it
@@ -39,6 +43,10 @@ class RunPlan:
 
     Attributes:
         phases: peak of each phase, by part.
+        path: of the layers, fast or reference, and why the latter (`model/fused/spec.py` says it for both).
+        head_because: why the LM head alone runs as the reference does.
+        plain_kernels_because: why the fast path runs without Triton's kernels on this GPU.
+        method, share: how the base is quantized, and how much of it; None where only loading tells.
         policies: activation policy of every layer, from the first.
         optimizer_resident: optimizer bytes that stay on the device (None: all), to hand to the optimizer.
         dequantized: base weights kept in 16 bits because there is room, to hand to the fast path.
@@ -56,6 +64,10 @@ class RunPlan:
     trainable: int
     path: str
     reference_because: str | None
+    head_because: str | None
+    plain_kernels_because: str | None
+    method: str
+    share: Share | None
     phases: tuple[memory.Phase, ...]
     policies: tuple[str, ...]
     optimizer_resident: int | None
@@ -129,7 +141,7 @@ class RunPlan:
 def make_plan(
     config: RunConfig,
     hardware: Hardware,
-    shape: ModelShape,
+    architecture: Architecture,
     data: DataFacts | None = None,
     world_size: int = 1,
     rows: int | None = None,
@@ -146,9 +158,10 @@ def make_plan(
             f"train.base_gemm=fp8: {hardware.name} has no e4m3 products (Ada and Hopper do): set "
             "train.base_gemm=bf16"
         )
+    shape = architecture.shape(config, hardware.device)
     auto = config.train.per_device_train_batch_size == settings_module.AUTO
     if auto and rows not in divisors(config.train.gradient_accumulation_steps):
-        rows = pick(config, hardware, shape, data, world_size)
+        rows = pick(config, hardware, architecture, data, world_size)
     asked = settings_module.from_config(config, hardware, shape, data, world_size, rows)
     found = decide(shape, asked, hardware)
     settings, choice, seconds = found.settings, found.choice, found.seconds
@@ -162,6 +175,10 @@ def make_plan(
         trainable=memory.adapter_parameters(shape, settings),
         path="fast" if settings.fast else "reference",
         reference_because=settings.reference_because,
+        head_because=shape.head_because if settings.chunked else None,
+        plain_kernels_because=settings.plain_kernels_because,
+        method=settings.method,
+        share=shape.share,
         phases=found.phases,
         policies=choice.policies,
         optimizer_resident=choice.resident_state if choice.host_state else None,
@@ -180,10 +197,10 @@ def make_plan(
         seconds_per_step=seconds,
         tokens_per_second=tokens / seconds if seconds else None,
         flops_per_token=token_flops(shape, settings, choice.policies),
-        margin=MARGIN if shape.exact else WIDE_MARGIN,
+        margin=MARGIN if shape.exact and settings.plain_kernels_because is None else WIDE_MARGIN,
         budget=found.room,
         fits=found.fits and enough,
-        changes=() if found.fits else cheapest(config, hardware, shape, data, world_size, rows),
+        changes=() if found.fits else cheapest(config, hardware, architecture, data, world_size, rows),
         notes=_notes(shape, settings, hardware, data, auto),
     )
 
@@ -253,7 +270,7 @@ def _host(
     path = memory.path_of(shape, settings)
     in_flight = memory.state_bytes(trained, settings.state_bits) + settings.adapter_bytes * trained
     return {
-        "process": PROCESS,
+        "process": PROCESS + memory.TOKENIZER * shape.vocab,
         "loading or saving": max(2 * max(largest, shape.embedding) * settings.dtype_bytes, in_flight),
         "offloaded weights": _offloaded(shape, settings),
         "optimizer pages": choice.host_state,
@@ -321,6 +338,8 @@ def _notes(
         notes.append(
             f"speed of {hardware.name} is not known: no time predicted; plan.gpu=NAME of a card has it"
         )
+    if settings.plain_kernels_because is not None:
+        notes.append(f"kernels: {settings.plain_kernels_because}; memory within {WIDE_MARGIN:.0%}")
     if settings.managed:
         notes.append(
             "bnb_paged_adamw_32bit: moments in managed memory, which the driver moves; counted as resident"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qlora_trainer.plan.fast_path import head_size
 from qlora_trainer.plan.settings import Settings
 from qlora_trainer.plan.shapes import ModelShape
 
@@ -51,7 +52,7 @@ class ReferencePath:
         """Bytes a token, nothing recomputed."""
         shape, settings = self.shape, self.settings
         s, h, q, kv, f = settings.dtype_bytes, shape.hidden, shape.q, shape.kv, shape.intermediate
-        targets = [x for x in shape.targets(settings.target_modules) if x.layer == 0]
+        targets = shape.targets
         # RMSNorm works on a float32 copy of its input and keeps it, LayerNorm keeps the input itself.
         kept = shape.norms * (4 * h + 4 if shape.norm == "rms" else s * h + 2 * s)
         kept += s * (2 * q + 2 * kv) + 4 * shape.heads  # attention: q, k, v, output, log-sum-exp
@@ -79,7 +80,11 @@ class ReferencePath:
         return gradients + (self.kept("none") if policy == "full" else 0)
 
     def head(self, *, backward: bool) -> int:
-        """Peak of the LM head and the loss: whole logits, where any row of the batch has a label."""
+        """Peak of the LM head and the loss: whole logits, where any row of the batch has a label; or a chunk
+        of them, where the decoder is run by hand though its layers are not."""
+        if self.settings.chunked:
+            head = head_size(self.shape, self.settings)
+            return head.work(self.settings.tokens, self.settings.labelled, backward=backward)
         settings, v, s = self.settings, self.shape.vocab, self.settings.dtype_bytes
         n = round(settings.tokens * (1 - (1 - settings.supervised) ** settings.rows))
         if backward:  # log-probabilities, their gradient, and that of the float32 logits

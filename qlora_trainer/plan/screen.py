@@ -40,9 +40,9 @@ def _facts(plan: RunPlan) -> Table:
     table = Table.grid(padding=(0, 2))
     share = plan.trainable / plan.parameters
     table.add_row("model", f"{plan.model_type}, {count(plan.parameters)} parameters")
-    table.add_row(
-        "path", plan.path + (f", because of {plan.reference_because}" if plan.reference_because else "")
-    )
+    table.add_row("path", _path(plan))
+    if plan.share is not None and plan.method != "none":
+        table.add_row("quantized", f"{plan.method}, {plan.share}")
     table.add_row("adapter", f"{count(plan.trainable)} trainable parameters ({share:.2%})")
     device, size = plan.hardware, f"{gib(plan.hardware.memory)} GiB"
     table.add_row("device", size if device.flops is None else f"{device.name}, {size}")
@@ -63,6 +63,14 @@ def _facts(plan: RunPlan) -> Table:
     table.add_row("disk", _against(plan.disk, plan.hardware.disk))
     table.add_row("merge", f"in `export`, without the GPU: {gib(plan.merging)} GiB of host RAM")
     return table
+
+
+def _path(plan: RunPlan) -> str:
+    if plan.reference_because is not None:
+        return f"reference, because {plan.reference_because}"
+    if plan.head_because is not None:
+        return f"fast; lm_head as the reference, because {plan.head_because}"
+    return plan.path
 
 
 def _time(plan: RunPlan) -> str:

@@ -6,15 +6,13 @@ Out: `Settings`; nothing else in this room but `plan.py` reads a `RunConfig`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.plan.hardware import GIB, Hardware
 from qlora_trainer.plan.shapes import ModelShape
 
-# Of model/fused/describe.py's families those whose layers are fused (gemma2's soft-caps are declined).
-FAST_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "phi3"}
 AUTO = "auto"
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -41,6 +39,7 @@ class Settings:
         device: cuda or cpu.
         reference_because: why transformers, PEFT and bitsandbytes run the step and not the fast path
             (`model/fuse.py`); None if it does.
+        plain_kernels_because: why the fast path runs without Triton on a GPU; None where it has it.
         fp8: products with the frozen base run in e4m3, from copies that stay on the device.
         rows, length: of a micro-batch at its largest, in rows and tokens a row.
         supervised: share of its tokens that have a label (1 if not known).
@@ -52,10 +51,13 @@ class Settings:
         new_tokens: that are generated to answer a held-out row; 0 if none is answered.
         optimizer_resident: bytes of paged state that may stay on the device; None: the plan chooses.
         dropout: the adapters' inputs are dropped in part.
+        chunked: the step's logits are made a chunk at a time, whatever runs the layers.
+        vocabulary: tokens of the tokenizer.
     """
 
     device: str
     reference_because: str | None
+    plain_kernels_because: str | None
     rows: int
     length: int
     accumulation: int
@@ -68,9 +70,6 @@ class Settings:
     dtype_bytes: int
     adapter_bytes: int
     r: int
-    target_modules: str | tuple[str, ...]
-    dora: bool
-    modules_to_save: tuple[str, ...]
     activations: str
     state_bits: int
     paged: bool
@@ -82,6 +81,8 @@ class Settings:
     merges: bool
     checkpoints_kept: int
     dropout: bool = False
+    chunked: bool = True
+    vocabulary: int = 0
 
     @property
     def fast(self) -> bool:
@@ -122,14 +123,17 @@ def from_config(
     length = train.max_length
     if data is not None and not train.packing:
         length = min(length, data.longest)
-    targets = lora.target_modules
     rows, accumulation = _micro_batch(config, rows)
     name = config.optim.name
-    reference_because = _why_reference(config, shape)
+    kernels = config.model.kernels == "auto"
+    reference_because = shape.reference_because if kernels else f"model.kernels={config.model.kernels}"
     resident = config.optim.resident_gib
     return Settings(
         device=hardware.device,
         reference_because=reference_because,
+        plain_kernels_because=_why_plain(hardware) if reference_because is None else None,
+        chunked=kernels and shape.chunked,
+        vocabulary=shape.vocab,
         rows=rows,
         length=length,
         accumulation=accumulation,
@@ -142,9 +146,6 @@ def from_config(
         dtype_bytes=DTYPE_BYTES[dtype],
         adapter_bytes=DTYPE_BYTES[lora.dtype],
         r=lora.r,
-        target_modules=targets if isinstance(targets, str) else _names(targets),
-        dora=lora.use_dora,
-        modules_to_save=tuple(lora.modules_to_save or ()),
         activations=train.activations,
         state_bits=8 if name.endswith("8bit") else 32,
         paged=name.startswith("paged") and hardware.device == "cuda",
@@ -159,16 +160,12 @@ def from_config(
     )
 
 
-def _why_reference(config: RunConfig, shape: ModelShape) -> str | None:
-    """What the fast path leaves to the reference, as `model/fused/describe.py` decides it."""
-    lora, method = config.lora, config.quantization.method
-    reasons = {
-        "model.kernels=reference": config.model.kernels != "auto",
-        f"model type {shape.model_type}": shape.model_type not in FAST_FAMILIES,
-        f"quantization.method={method}": method not in ("nf4", "fp4", "none"),
-        "lora.use_dora=true": lora.use_dora,
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+def _why_plain(hardware: Hardware) -> str | None:
+    if hardware.device != "cuda":
+        return None
+    from qlora_trainer.kernels import why_plain
+
+    return why_plain(hardware.device, hardware.capability, hardware.triton)
 
 
 def _held_out_rows(config: RunConfig) -> int:
@@ -205,7 +202,3 @@ def expected_longest(lengths: Sequence[int], rows: int) -> float:
     """Of `rows` draws from equally likely `lengths`, ascending: the mean of the largest."""
     n = len(lengths)
     return sum(x * (((i + 1) / n) ** rows - (i / n) ** rows) for i, x in enumerate(lengths))
-
-
-def _names(targets: Iterable[str]) -> tuple[str, ...]:
-    return tuple(str(target) for target in targets)

@@ -62,7 +62,7 @@ def busy_from(shape: ModelShape) -> int:
 def reach(settings: Settings) -> Reach:
     if settings.device == "cpu":
         return CPU
-    return FAST if settings.fast else REFERENCE
+    return FAST if settings.fast and settings.plain_kernels_because is None else REFERENCE
 
 
 def repeated_work(shape: ModelShape, settings: Settings, what: str) -> float:

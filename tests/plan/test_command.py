@@ -60,7 +60,7 @@ def test_plan_names_what_keeps_the_fast_path_off(config: RunConfig, capsys) -> N
     config.train.max_length = 2048
     with pytest.raises(ConfigError, match=r"model\.kernels=auto "):
         command.run(config)
-    assert "because of model.kernels=reference" in capsys.readouterr().out
+    assert "reference, because model.kernels=reference" in capsys.readouterr().out
 
 
 def test_planning_and_looking_first_does_not_stand_in_the_way_of_training(line, tmp_path, capsys) -> None:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from qlora_trainer.config import checks
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.kernels import why_plain
 from qlora_trainer.model.fuse import fuse
 from qlora_trainer.model.fused.adapter_columns import Widened
 from qlora_trainer.model.fused.decoder import FusedForward
 from qlora_trainer.model.fused.layer import LayerSaved
 from qlora_trainer.model.fused.projection_fp8 import Fp8Projection
 from qlora_trainer.objectives.sft import sft
-from qlora_trainer.plan import hardware, memory, shapes
+from qlora_trainer.plan import hardware, memory
 from qlora_trainer.plan.fast_path import FastPath
 from qlora_trainer.plan.plan import make_plan
 from tests import tiny
 from tests.model.test_fuse import batch, build
-from tests.plan.sizes import llama3_8b, settings
+from tests.plan.sizes import llama3_8b, llama3_8b_shape, settings, shape_of
 from tests.plan.test_plan import config, plan
 
 FP8 = ("train.base_gemm", "fp8")
@@ -29,7 +32,7 @@ def fused(family: str, r: int, **options: object) -> tuple[FusedForward, FastPat
     forward, report = fuse(build(family, "nf4", r=r), **options)
     assert isinstance(forward, FusedForward) and not report.fallbacks
     changes = {"head_dim": 16, "query_pre_attn_scalar": 16} if family == "gemma3_text" else {}
-    shape = shapes.from_model(tiny.model(family, intermediate_size=128, **changes))
+    shape = shape_of(tiny.model(family, intermediate_size=128, **changes).config.to_dict())
     rows, length = batch("dense").input_ids.shape
     wanted = settings(
         device="cpu", dtype_bytes=4, adapter_bytes=4, r=r, rows=rows, length=length,
@@ -96,7 +99,7 @@ def test_dequantized_weights_and_workspace_take_the_bytes_of_the_real_ones(famil
 
 def test_fp8_is_planned_with_its_copies_and_without_what_it_does_not_need() -> None:
     wanted = settings(fp8=True)
-    base, path = memory.fixed(llama3_8b(), wanted), memory.path_of(llama3_8b(), wanted)
+    base, path = memory.fixed(llama3_8b_shape(), wanted), memory.path_of(llama3_8b_shape(), wanted)
     assert base.e4m3_copies == pytest.approx(2 * 6.98e9, rel=0.04)  # two orientations, a byte each
     step = memory.step_phase(path, wanted, base, ["none"] * 32, 0)
     assert step.parts["e4m3 copies"] == base.e4m3_copies and step.parts["dequantized weights"] == 0
@@ -126,8 +129,10 @@ def test_dropout_stays_on_the_fast_path_and_costs_a_little_time() -> None:
         found, without = plan("H100", ("lora.lora_dropout", 0.05), *keys), plan("H100", *keys)
         assert found.reference_because is None and found.peak == without.peak
         assert 0.9 < found.tokens_per_second / without.tokens_per_second < 1
-    some = settings(dropout=True, target_modules=("q_proj", "v_proj"))
-    assert FastPath(llama3_8b(), some).dropout_traffic() == 2 * 2 * 4096  # their one input, read and written
+    some = llama3_8b_shape(target_modules=["q_proj", "v_proj"])
+    assert (
+        FastPath(some, settings(dropout=True)).dropout_traffic() == 2 * 2 * 4096
+    )  # their one input, read and written
 
 
 def test_cards_without_bfloat16_compute_in_float32() -> None:
@@ -135,6 +140,16 @@ def test_cards_without_bfloat16_compute_in_float32() -> None:
         plan(gpu, ("train.activations", "full")).phases[1].parts["activations"] for gpu in ("T4", "L4")
     ]
     assert activations[0] > 1.8 * activations[1]
+
+
+def test_the_kernels_are_those_that_the_run_would_pick_there() -> None:
+    found, recent = plan("T4"), plan("L4")
+    assert found.plain_kernels_because == why_plain("cuda", (7, 5), True) != why_plain("cuda", (7, 5), False)
+    assert "compute capability 7.5 has no bfloat16" in " ".join(found.notes) and found.margin == 0.2
+    assert recent.plain_kernels_because is None and recent.margin == 0.05
+    here = replace(hardware.parse("L4"), triton=False)
+    assert "`triton` is not installed" in str(make_plan(config(), here, llama3_8b()).plain_kernels_because)
+    assert plan("T4", ("lora.use_dora", True)).plain_kernels_because is None  # the reference has none
 
 
 def test_streamed_layers_and_resident_e4m3_exclude_each_other() -> None:

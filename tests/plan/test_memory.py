@@ -8,11 +8,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.optim import pages
 from qlora_trainer.optim.adamw import AdamW
-from qlora_trainer.plan import memory
+from qlora_trainer.plan import hardware, memory
+from qlora_trainer.plan.architecture import Architecture
+from qlora_trainer.plan.plan import make_plan
 from tests import tiny
-from tests.plan.sizes import llama3_8b, settings, shape_in
+from tests.plan.sizes import LLAMA3_8B, llama3_8b_shape, settings, shape_in
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -47,7 +50,7 @@ def test_base_takes_the_bytes_of_the_quantized_model(tmp_path, architecture: str
 
 
 def test_double_quantization_costs_0_127_bit() -> None:
-    shape = llama3_8b()
+    shape = llama3_8b_shape()
     base = memory.fixed(shape, settings())
     parameters = sum(linear.numel for linear in shape.linears)
     assert 8 * base.quantization_constants / parameters == pytest.approx(0.127, abs=0.003)
@@ -64,10 +67,8 @@ def test_optimizer_takes_the_bytes_of_the_real_one(state_bits: int) -> None:
 
 
 def test_parts_add_up_and_depend_on_what_they_should() -> None:
-    shape = llama3_8b()
-
     def step(policy: str = "none", **changes: object) -> memory.Phase:
-        wanted = settings(**changes)
+        wanted, shape = settings(**changes), llama3_8b_shape(method=changes.get("method", "nf4"))
         base = memory.fixed(shape, wanted)
         return memory.step_phase(memory.path_of(shape, wanted), wanted, base, [policy] * 32, 0)
 
@@ -78,7 +79,19 @@ def test_parts_add_up_and_depend_on_what_they_should() -> None:
     assert step(r=64).parts["gradients"] == 4 * whole.parts["gradients"]
     assert step(fast=False).total > whole.total
     assert step(supervised=0.1).total < whole.total
-    cpu = {method: step(device="cpu", method=method).parts["context"] for method in ("nf4", "gptq", "awq")}
+    cpu = {method: memory.context(settings(device="cpu", method=method)) for method in ("nf4", "gptq", "awq")}
     assert cpu["gptq"] == cpu["awq"] == cpu["nf4"] + memory.GPTQMODEL
-    assert step(method="gptq").parts["context"] == whole.parts["context"]
+    assert memory.context(settings(method="gptq")) == whole.parts["context"]
     assert step(method="none").parts["base weights"] == 4 * whole.parts["base weights"]
+
+
+def test_a_tokenizer_takes_its_share_of_ram() -> None:
+    """Measured on byte-pair tokenizers of 32,000 to 262,000 tokens: 1,250 to 1,400 bytes for each."""
+    small, large = (memory.context(settings(device="cpu", vocabulary=n)) for n in (32_000, 262_144))
+    assert large - small == pytest.approx(230_144 * 1350, rel=0.05)
+    assert memory.context(settings(vocabulary=262_144)) == memory.CONTEXT["cuda"]  # that is the device's
+    plans = [
+        make_plan(RunConfig(), hardware.parse("H100"), Architecture(LLAMA3_8B | {"vocab_size": n}))
+        for n in (32_000, 262_144)
+    ]
+    assert plans[1].host["process"] - plans[0].host["process"] == large - small

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qlora_trainer.plan.fast_path import FastPath
 from qlora_trainer.plan.reference_path import ReferencePath
 from tests import tiny
-from tests.plan.sizes import llama3_8b, settings, shape_in
+from tests.plan.sizes import llama3_8b_shape, settings, shape_in
 
 SIZES = {"hidden_size": 128, "intermediate_size": 320}
 CHANGES = {
@@ -70,10 +70,8 @@ def test_reference_path_saves_what_the_formula_says(tmp_path, architecture, dtyp
         changes = CHANGES.get(architecture, SIZES)
         tiny.model(architecture, num_hidden_layers=layers, **changes).save_pretrained(folder)
         measured.append(bytes_saved(folder, dtype, targets if isinstance(targets, str) else list(targets)))
-    shape = shape_in(folder)
-    wanted = settings(
-        fast=False, rows=ROWS, length=LENGTH, r=8, dtype_bytes=dtype.itemsize, target_modules=targets
-    )
+    shape = shape_in(folder, target_modules=targets if isinstance(targets, str) else list(targets))
+    wanted = settings(fast=False, rows=ROWS, length=LENGTH, r=8, dtype_bytes=dtype.itemsize)
     predicted = ReferencePath(shape, wanted).kept("none")
     # Gemma keeps float32 copies of its norms' factors, a few bytes a token here.
     assert measured[1] - measured[0] == pytest.approx(predicted, rel=0.005)
@@ -82,7 +80,7 @@ def test_reference_path_saves_what_the_formula_says(tmp_path, architecture, dtyp
 def test_fast_path_saves_the_least() -> None:
     """PEERS' floors for the 8B shape: 3.0, 1.2 and 0.26 MB a token."""
     wanted = settings(rows=1, length=1)
-    fast, reference = (path(llama3_8b(), wanted) for path in (FastPath, ReferencePath))
+    fast, reference = (path(llama3_8b_shape(), wanted) for path in (FastPath, ReferencePath))
     megabytes = {policy: 32 * fast.kept(policy) / 1e6 for policy in fast.policies}
     assert megabytes == pytest.approx(
         {"none": 3.02, "mlp": 1.18, "full": 0.262, "offload": 0.0, "full_offload": 0.0}, rel=0.02, abs=0.02

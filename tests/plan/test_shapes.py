@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 
-import peft
 import pytest
+import torch
 
 from qlora_trainer.errors import ConfigError
-from qlora_trainer.plan import memory, shapes
+from qlora_trainer.model.load import BaseOptions, load_base
+from qlora_trainer.model.lora import LoraOptions, attach
+from qlora_trainer.plan import shapes
 from tests import tiny
-from tests.plan.sizes import LLAMA3_8B, settings, shape_in
+from tests.plan.sizes import LLAMA3_8B, shape_in, shape_of
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
@@ -18,23 +22,29 @@ def test_parameters_are_counted_once_each(architecture: str) -> None:
     model = tiny.model(architecture)
     shape = shapes.from_model(model)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
-    assert shape.exact
-    assert shapes.from_config(model.config.to_dict()) == shape
+    held = shape_of(model.config.to_dict())
+    assert held.parameters == shape.parameters and held.exact
+    assert all(linear.quantized and linear.adapted for linear in held.linears)
 
 
 @pytest.mark.parametrize(
-    "targets", ["all-linear", ["q_proj", "v_proj", "qkv_proj"], r".*\.(down_proj|fc2)$"], ids=str
+    "lora",
+    [
+        {},
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": r".*layers\.0\..*(up|down)_proj"},
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "model.norm"]},
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("architecture", ["llama", "phi3", "opt", "gemma2"])
-@pytest.mark.parametrize("dora", [False, True])
-def test_adapter_parameters_equal_peft(architecture: str, targets, dora: bool) -> None:
-    model = tiny.model(architecture)
-    shape = shapes.from_model(model)
-    config = peft.LoraConfig(r=8, target_modules=targets, use_dora=dora, task_type="CAUSAL_LM")
-    adapted = peft.get_peft_model(model, config)
-    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    wanted = targets if isinstance(targets, str) else tuple(targets)
-    assert memory.adapter_parameters(shape, settings(r=8, target_modules=wanted, dora=dora)) == trained
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_adapter_parameters_are_those_that_a_run_trains(tmp_path, lora: dict, method: str) -> None:
+    tiny.save(tmp_path)
+    model = attach(load_base(BaseOptions(str(tmp_path), method=method), CPU), LoraOptions(r=8, **lora), 0)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert shape_in(tmp_path, "cpu", method=method, **lora).trainable(8) == trained
 
 
 def test_unknown_architecture_is_planned_from_its_tensors(tmp_path) -> None:
@@ -51,7 +61,7 @@ def test_unknown_architecture_is_planned_from_its_tensors(tmp_path) -> None:
 
 def test_unknown_architecture_without_weights_is_planned_as_a_llama(tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA3_8B | {"model_type": "llama9"}))
-    found, real = shape_in(tmp_path), shapes.from_config(LLAMA3_8B)
+    found, real = shape_in(tmp_path), shape_of(LLAMA3_8B)
     assert not found.exact
     assert found.parameters == real.parameters and found.layers == real.layers and found.kv == real.kv
 
@@ -65,17 +75,17 @@ def test_unknown_architecture_of_unknown_size_says_what_to_add(tmp_path) -> None
 @pytest.mark.parametrize("model_type", ["t5", "vit"])
 def test_what_is_no_causal_language_model_is_refused(model_type: str) -> None:
     with pytest.raises(ConfigError, match=model_type):
-        shapes.from_config({"model_type": model_type})
+        shape_of({"model_type": model_type})
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "falcon", "mixtral", "mamba", "cohere", "olmo2"])
 def test_other_causal_language_models_are_planned(model_type: str) -> None:
-    found = shapes.from_config({"model_type": model_type, "num_hidden_layers": 2})
+    found = shape_of({"model_type": model_type, "num_hidden_layers": 2}, method="none")
     assert not found.exact and found.layers == 2 and found.parameters > 1e6
 
 
 def test_large_shapes_take_no_memory() -> None:
-    shape = shapes.from_config(
+    shape = shape_of(
         {
             "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
             "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256,

@@ -10,13 +10,13 @@ import torch
 from qlora_trainer.data.batch import Batch
 from qlora_trainer.model.fused import inputs
 from qlora_trainer.plan import hardware, speed
+from qlora_trainer.plan.architecture import Architecture
 from qlora_trainer.plan.choose import graph_memory
 from qlora_trainer.plan.decide import decide
 from qlora_trainer.plan.plan import RunPlan, make_plan
 from qlora_trainer.plan.settings import DataFacts
 from qlora_trainer.plan.settings import from_config as from_run_config
-from qlora_trainer.plan.shapes import from_config
-from tests.plan.sizes import LLAMA3_8B
+from tests.plan.sizes import LLAMA3_8B, shape_of
 from tests.plan.test_plan import config
 
 LLAMA2_7B = LLAMA3_8B | {"intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000}
@@ -34,7 +34,7 @@ def plan(shape: dict[str, object], r: int, rows: int, length: int, policy: str, 
     sizes = [("lora.r", r), ("train.per_device_train_batch_size", rows), ("train.max_length", length)]
     sizes += [("train.gradient_accumulation_steps", 1), ("train.activations", policy), *keys]
     card = replace(hardware.parse("H100"), host_memory=120 << 30)
-    return make_plan(config(*sizes), card, from_config(shape))
+    return make_plan(config(*sizes), card, Architecture(shape))
 
 
 @pytest.mark.parametrize(
@@ -95,14 +95,14 @@ def test_what_keeps_the_gpu_busy_runs_without_graphs() -> None:
     """4096 tokens of 7B: graphs, and the memory that they hold on to, would gain nothing."""
     captured = {rows: plan(LLAMA2_7B, 16, rows, 512, "none").graphs for rows in (1, 4, 8, 16)}
     assert captured == {1: True, 4: True, 8: True, 16: False}
-    shape = from_config(LLAMA2_7B)
+    shape = shape_of(LLAMA2_7B)
     assert speed.busy_from(shape) == inputs.busy_tokens(202_375_168)
 
 
 def test_graphs_hold_on_to_no_more_than_the_micro_batches_that_they_serve() -> None:
     """16 rows of 200 tokens are captured, those of 512 are not: 4447 of 8192 tokens' activations."""
     facts = DataFacts(documents=64, tokens=64 * 200, supervised=64 * 200, longest=512, lengths=(200,))
-    card, shape = hardware.parse("H100"), from_config(LLAMA2_7B)
+    card, shape = hardware.parse("H100"), shape_of(LLAMA2_7B)
     keys = [("train.per_device_train_batch_size", 16), ("train.max_length", 512)]
     asked = from_run_config(config(*keys), card, shape, facts)
     step = next(phase for phase in decide(shape, asked, card).phases if phase.name == "step")

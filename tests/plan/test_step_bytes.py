@@ -25,8 +25,7 @@ from qlora_trainer.model.lora import LoraOptions, attach
 from qlora_trainer.objectives.sft import sft
 from qlora_trainer.plan import memory
 from qlora_trainer.plan.fast_path import FastPath
-from qlora_trainer.plan.shapes import from_config
-from tests.plan.sizes import LLAMA3_8B, settings
+from tests.plan.sizes import LLAMA3_8B, settings, shape_of
 
 META = torch.device("meta")
 LAYERS = 4
@@ -154,7 +153,7 @@ def peak(policies: list[str], tokens: int, *, trained: bool = True, base_gemm: s
 
 
 def path_of(tokens: int, base_gemm: str = "bf16") -> FastPath:
-    shape = from_config({**LLAMA3_8B, "num_hidden_layers": LAYERS})
+    shape = shape_of({**LLAMA3_8B, "num_hidden_layers": LAYERS})
     return FastPath(shape, settings(rows=1, length=tokens, mean_length=float(tokens), fp8=base_gemm == "fp8"))
 
 
