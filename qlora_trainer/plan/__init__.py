@@ -1,10 +1,10 @@
 """The plan room: what a run will need and take, before any weight loads. Pure: no GPU, no weights.
 
-In: a `RunConfig`, a `Hardware` and a `ModelShape`. Out: a `RunPlan`: memory per phase, where it
+In: a `RunConfig`, a `Hardware` and an `Architecture`. Out: a `RunPlan`: memory per phase, where it
 goes, the activation policy of every layer, steps and time; and what to change if it does not fit.
 
-shapes.py       config.json -> ModelShape
-architecture.py the same for models that transformers does not know
+architecture.py config.json -> the model's shape, as a run would hold and adapt it
+shapes.py       a model without weights, and its adapters -> ModelShape
 hardware.py     this machine, or one that is described -> Hardware
 settings.py     RunConfig -> the numbers that memory and time depend on
 memory.py       bytes per phase and part

@@ -17,7 +17,7 @@ from qlora_trainer.config.schema import FACTS, RunConfig
 MAY_CHANGE = {
     "recipe", "output_dir", "run",
     "model.offload", "model.cache_quantized", "data.eval_path", "data.cache_dir", "data.num_workers",
-    "train.activations", "train.logging_steps", "optim.resident_gib",
+    "train.activations", "train.logging_steps", "optim.resident_gib", "quantization.allow_partial",
     *(key for key in FACTS if key.startswith(("checkpoint.", "track.", "evaluate.", "plan."))),
     *(key for key in FACTS if key.startswith(("chat.", "export."))),
 }  # fmt: skip
