@@ -22,6 +22,7 @@ from qlora_trainer.system.quiet import quiet_libraries
 from qlora_trainer.system.redact import masked_output
 from qlora_trainer.system.streams import lasting_output
 
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # set by accelerate and torchrun
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 USAGE = """\
@@ -87,6 +88,9 @@ def _run(line: Line) -> int:
         print(_usage())
         return 0
     _check_command(line.command)
+    for name in LAUNCHED:
+        if not os.environ.get(name, "0").isdigit():
+            raise ConfigError(f"{name}={os.environ[name]!r}: the launcher's variable is no number; unset it")
     if line.multirun:
         return _sweep(line)
 
@@ -199,7 +203,8 @@ def _usage() -> str:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdigit() else 0
 
 
 def _note(text: str) -> None:

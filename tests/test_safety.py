@@ -108,6 +108,7 @@ WRITERS = {
     "export/quantize.py": "opens the log of a worker that masks its output",
     "export/shards.py": "writes tensors, and an index of their names",
     "export/verify.py": "asks the probe through a private temporary folder: it must know the true paths",
+    "system/cache.py": "writes records with digests; whoever calls masks them",
     "track/jsonl.py": "writes numbers",
     "track/report.py": "masks what it reads and not the script around it",
 }

@@ -15,6 +15,7 @@ from math import inf, isfinite
 from typing import Any
 
 from qlora_trainer import optim
+from qlora_trainer.config import names
 from qlora_trainer.config.frozen import as_dict, flat
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.options import DataOptions
@@ -109,7 +110,13 @@ BETAS = ("optim.adam_beta1", "optim.adam_beta2")
 def values(config: RunConfig, command: str = "train") -> list[str]:
     """Wrong values, values out of range, and keys that contradict each other."""
     found = dict(flat(as_dict(config)))
-    return [*_choices(found), *_ranges(found), *_conflicts(config, command), *_packages(config, command)]
+    return [
+        *names.problems(found),
+        *_choices(found),
+        *_ranges(found),
+        *_conflicts(config, command),
+        *_packages(config, command),
+    ]
 
 
 def missing(config: RunConfig, command: str) -> list[str]:

@@ -22,6 +22,7 @@ from qlora_trainer.config.load import to_yaml
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import CheckpointError, ConfigError, MissingInputError
 from qlora_trainer.system import redact
+from qlora_trainer.system.untrusted import parse_yaml
 
 CONFIG_FILE = "config.yaml"
 WRITTEN_BEFORE = {"plan.json", "inspect.html", "bench.json"}  # by commands that look first
@@ -115,8 +116,8 @@ def _read(folder: Path) -> dict[str, Any]:
     """The configuration of an earlier start; what it does not say is at its default."""
     file = folder / CONFIG_FILE
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        content = parse_yaml(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(_unreadable(file)) from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ConfigError(_unreadable(file))

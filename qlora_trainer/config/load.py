@@ -152,9 +152,9 @@ def _parse(arguments: Sequence[str]) -> list[Override]:
     for argument in arguments:
         try:
             parsed += parser.parse_overrides([argument])
-        except HydraException:
+        except (HydraException, RecursionError, ValueError):  # also: thousands of brackets, or of digits
             key, equals, value = argument.partition("=")
-            if value and value[0] not in "[{'\"" and keys.is_text(key.lstrip("+")):
+            if value and value[0] not in "[{'\"" and keys.is_text(key.lstrip("+")) and not value.isdigit():
                 # Hydra's grammar has no `~`, `(`, `&` … outside quotes, the paths of users do.
                 quoted = value.replace("'", "\\'")
                 parsed += parser.parse_overrides([f"{key}='{quoted}'"])

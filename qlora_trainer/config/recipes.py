@@ -24,6 +24,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qlora_trainer.config.keys import SECTIONS
 from qlora_trainer.errors import ConfigError, MissingInputError
+from qlora_trainer.system import untrusted
+
+MOST_ANCESTORS = 100
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def builtin_folder() -> Path:
 def available() -> dict[str, Path]:
     """Every recipe that can be named, the user's own before the built-in one of the same name."""
     folders = (builtin_folder(), Path("recipes"))
-    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml")) if path.is_file()}
 
 
 def load(name: str) -> list[Recipe]:
@@ -81,6 +84,10 @@ def _lineage(path: Path, heirs: frozenset[Path]) -> list[Recipe]:
     for parent in parents:
         if parent != "_self_":
             chain += _lineage(_find(parent, path, heirs), heirs)
+            if len(chain) > MOST_ANCESTORS:
+                raise ConfigError(
+                    f"{shown(path)}: defaults: over {MOST_ANCESTORS} recipes in all; name fewer"
+                )
     return [*chain, Recipe(path.stem, path, dict(_flatten(content)), lines)]
 
 
@@ -112,7 +119,9 @@ def _find(name: str, heir: Path | None, heirs: frozenset[Path]) -> Path:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as stream:
+            text = stream.read(untrusted.LARGEST_YAML + 1)
+        untrusted.check_yaml(text)
         content = OmegaConf.to_container(OmegaConf.create(text or "{}"), resolve=False)
         lines = dict(_lines(yaml.compose(text, Loader=yaml.SafeLoader)))
     except UnicodeDecodeError as error:
@@ -120,7 +129,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{shown(path)}:{line}: broken YAML: {_one_line(error.problem)}") from error
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(f"{shown(path)}: not a recipe: {_one_line(error)}") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ConfigError(f"{shown(path)}: not a recipe: sections with keys (lora: {{r: 16}}) are expected")

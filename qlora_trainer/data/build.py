@@ -31,6 +31,7 @@ from qlora_trainer.data.store import VERSION, DroppedRow, TokenizedData, Writer,
 from qlora_trainer.data.templates import resolve_template, template_source
 from qlora_trainer.errors import ConfigError, DataError
 from qlora_trainer.system import disk
+from qlora_trainer.system.redact import require_whole
 from qlora_trainer.system.terminal import to_stderr
 
 BATCH = 512  # rows tokenized at a time
@@ -58,6 +59,9 @@ def load_tokenized(
         ConfigError: a wrong template or a tokenizer without offsets.
         CheckpointError: the cache cannot be written.
     """
+    key = "data.eval_path" if role == "eval" and options.eval_path else "data.path"
+    for source in options.sources(role):
+        require_whole(source.path, key)
     opened = [open_source(source) for source in options.sources(role)]
     stamps = _stamps(opened)
     settings = options.key() | {

@@ -7,7 +7,6 @@ data (README.md, a licence) are no rows. What is passed over is said.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from qlora_trainer.data.rows import READERS, is_text, stem, supported
 from qlora_trainer.data.splits import choose
 from qlora_trainer.errors import DataError
+from qlora_trainer.system.untrusted import parse_json
 
 PAPERS = ("readme", "license", "licence", "changelog", "contributing", "citation", "notice", "authors")
 SPLITS_FILE, STATE_FILE = "dataset_dict.json", "state.json"  # of `save_to_disk`: of several splits, of one
@@ -96,7 +96,7 @@ def _saved(folder: Path) -> list[Path]:
 
 def _read(file: Path, key: str) -> list[Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))[key]
+        found = parse_json(file.read_bytes())[key]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{file}: is not what save_to_disk writes ({error!r}); save the data again"

@@ -22,6 +22,7 @@ from qlora_trainer.data.lines import CHUNK, Found, open_bytes, place, read_lines
 from qlora_trainer.data.problems import MAX_ROW_BYTES, Problem, kind
 from qlora_trainer.data.splits import choose, part_of
 from qlora_trainer.errors import DataError
+from qlora_trainer.system.untrusted import DEEPEST, check_depth, parse_json
 
 ROWS_KEYS = ("data", "examples", "instances", "rows")  # a document with one of these holds its rows there
 
@@ -65,7 +66,7 @@ def _shape(path: Path, lines: bool) -> str:
     text = head.decode(errors="replace")
     try:
         _, end = json.JSONDecoder().raw_decode(text)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return "lines" if lines else "document"
     return "objects" if text[end:].lstrip().startswith("{") else "document"
 
@@ -80,11 +81,11 @@ def _read_lines(path: Path) -> Iterator[Found]:
 
 def _parse_object(text: str) -> dict[str, Any] | Problem:
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except json.JSONDecodeError as error:
         return Problem("", f"broken JSON at column {error.colno}: {error.msg}")
-    except RecursionError:
-        return Problem("", "JSON nested too deeply")
+    except ValueError as error:
+        return Problem("", f"broken JSON: {error}")
     return _as_object(value)
 
 
@@ -274,8 +275,15 @@ class _Stream:
                     self.line += self.text.count("\n", self.at, error.pos)
                     raise self._broken(error.msg) from error
                 continue
+            except ValueError as error:  # Python's limit on the digits of a number
+                raise self._broken("a number of thousands of digits") from error
             if end == len(self.text) and self._more():
                 continue  # a number may go on in the next chunk
+            if self.text.count("[", self.at, end) + self.text.count("{", self.at, end) > DEEPEST:
+                try:
+                    check_depth(value)
+                except ValueError as error:
+                    raise self._broken(str(error)) from error
             self.line += self.text.count("\n", self.at, end)
             self.at = end
             return value

@@ -21,7 +21,9 @@ from qlora_trainer.data.problems import MAX_ROW_BYTES, Problem
 from qlora_trainer.errors import DataError
 
 CHUNK = 1 << 20  # bytes read at a time
+MOST_SKIPPED = 256 << 20  # bytes of a line that are passed over
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+UNPACKED, UNPACKED_A_BYTE = 8 << 20, 300  # bytes; a gigabyte of zeros takes one megabyte as .gz
 FOREIGN: dict[bytes, tuple[str, str, str]] = {  # how a file begins -> what it is, what to do, its ending
     b"version https://git-lfs": ("a Git LFS pointer, not the data", "fetch the data with git lfs pull", ""),
     b"\xff\xfe": ("UTF-16 text", "save it as UTF-8", ""),
@@ -63,6 +65,8 @@ def refuse_foreign(path: Path) -> None:
 
 def open_bytes(path: Path) -> io.BufferedReader:
     """The file's content, decompressed by the ending of its name."""
+    if path.suffix.lower() not in COMPRESSIONS:
+        return io.BufferedReader(io.FileIO(path, "rb"), CHUNK)
     raw: Any
     match path.suffix.lower():
         case ".gz":
@@ -71,11 +75,34 @@ def open_bytes(path: Path) -> io.BufferedReader:
             raw = bz2.BZ2File(path, "rb")
         case ".xz":
             raw = lzma.LZMAFile(path, "rb")  # noqa: SIM115 (the caller closes it)
-        case ".zst":
-            raw = pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
         case _:
-            raw = io.FileIO(path, "rb")
-    return io.BufferedReader(raw, CHUNK)
+            raw = pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
+    return io.BufferedReader(_Unpacking(raw, path), CHUNK)
+
+
+class _Unpacking(io.RawIOBase):
+    """What a decompressor gives, up to what text can be compressed to."""
+
+    def __init__(self, raw: Any, path: Path) -> None:
+        self.raw, self.path = raw, path
+        self.left = UNPACKED + UNPACKED_A_BYTE * path.stat().st_size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        got = self.raw.readinto(buffer)
+        self.left -= got
+        if self.left < 0:
+            raise DataError(
+                f"{self.path}: unpacks to more than {UNPACKED_A_BYTE} times its size: no data is like that; "
+                "unpack it yourself if it is meant"
+            )
+        return int(got)
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str | Problem]]:
@@ -85,8 +112,14 @@ def read_lines(path: Path) -> Iterator[tuple[int, str | Problem]]:
         while raw := stream.readline(MAX_ROW_BYTES + 1):
             number += 1
             if len(raw) > MAX_ROW_BYTES:
+                skipped = len(raw)
                 while raw and not raw.endswith(b"\n"):  # skip the rest of it without holding it
                     raw = stream.readline(CHUNK)
+                    skipped += len(raw)
+                    if skipped > MOST_SKIPPED:
+                        raise DataError(
+                            f"{path}:{number}: longer than {MOST_SKIPPED >> 20} MiB: no text at all"
+                        )
                 yield number, Problem("", f"longer than {MAX_ROW_BYTES >> 20} MiB")
                 continue
             if number == 1:

@@ -24,6 +24,8 @@ from qlora_trainer.data.problems import MAX_ROW_BYTES, Problem
 from qlora_trainer.data.tables import read_arrow, read_parquet
 from qlora_trainer.errors import DataError, MissingInputError
 
+# Tables can say "the same again, 10^9 times" in some bytes.
+MOST_ROWS, ROWS_A_BYTE = 1 << 18, 2
 DAMAGED = (EOFError, lzma.LZMAError, zlib.error, pa.ArrowException, OSError)  # the last: gzip, bz2, Arrow
 
 
@@ -53,7 +55,10 @@ def read_rows(path: Path, sample_by: str = "line", split: str | None = "train") 
     name = str(path)
     with _told(path):
         refuse_foreign(path)
-        for found in reader_of(path)(path, sample_by, split):
+        most = MOST_ROWS + ROWS_A_BYTE * path.stat().st_size
+        for number, found in enumerate(reader_of(path)(path, sample_by, split)):
+            if number > most:
+                raise DataError(f"{name}: over {most:,} rows in a file of so few bytes: no data is like that")
             yield Row(name, *found)
 
 

@@ -21,7 +21,8 @@ from qlora_trainer.data.options import Source
 from qlora_trainer.data.rows import Row, passed_over, read_rows, reader_of, supported
 from qlora_trainer.data.splits import refuse_slice
 from qlora_trainer.data.tables import row_change
-from qlora_trainer.errors import ConfigError, MissingInputError
+from qlora_trainer.errors import ConfigError, DataError, MissingInputError
+from qlora_trainer.system.untrusted import hidden_characters
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 BUILTIN = {"restaurant": ("train", "eval_names", "eval_phrasings")}
@@ -53,9 +54,13 @@ def open_source(source: Source) -> OpenSource:
     path = Path(source.path).expanduser()
     if path.is_dir():
         paths, remarks = files_in(path, source.split)
+        refuse_hidden(paths)
         return Files(str(path), paths, source.sample_by, source.split, remarks)
     if path.exists():
         reader_of(path)
+        if not path.is_file():
+            raise DataError(f"{path}: is no file but a pipe or a device; write its content to a file")
+        refuse_hidden([path])
         refuse_slice(source.split)
         return Files(str(path), [path], source.sample_by, source.split)
     if (
@@ -66,6 +71,13 @@ def open_source(source: Source) -> OpenSource:
     ):
         raise MissingInputError(f"{path}: no such file or folder (from {Path.cwd()}); check data.path")
     return Hub(source)
+
+
+def refuse_hidden(paths: Sequence[Path]) -> None:
+    """Raises DataError for a name that no line of a log could show as it is."""
+    for path in paths:
+        if hidden := hidden_characters(str(path)):
+            raise DataError(f"{path}: its name holds control characters ({hidden}); rename it")
 
 
 @dataclass

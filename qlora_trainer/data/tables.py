@@ -7,7 +7,6 @@ every depth; a column of the table itself is always there. JSON stored as such i
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 
 from qlora_trainer.data.lines import COMPRESSIONS, Found
 from qlora_trainer.errors import DataError
+from qlora_trainer.system.untrusted import parse_json
 
 ROWS = 512  # turned into Python's objects at a time
 
@@ -97,8 +97,8 @@ def _change(type: pa.DataType, parsed: bool) -> Change | None:
 
 def _parsed(value: str) -> Any:
     try:
-        return json.loads(value)
-    except (json.JSONDecodeError, RecursionError):
+        return parse_json(value)
+    except ValueError:
         return value  # not what its type says: whoever wants an object will tell
 
 

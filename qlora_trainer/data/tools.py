@@ -18,6 +18,7 @@ import re
 from typing import Any
 
 from qlora_trainer.data.problems import RowError, kind
+from qlora_trainer.system.untrusted import parse_json
 
 THOUGHT = re.compile(r"\s*(<think>.*?</think>)\s*", re.DOTALL)
 
@@ -28,13 +29,10 @@ def unpacked(value: Any, field: str) -> Any:
         if not value.strip():
             return None
         try:
-            value = json.loads(value)
-        except (json.JSONDecodeError, RecursionError) as error:
-            what = (
-                f"broken at column {error.colno}: {error.msg}"
-                if isinstance(error, ValueError)
-                else "too deep"
-            )
+            value = parse_json(value)
+        except ValueError as error:
+            where = f"broken at column {error.colno}: " if isinstance(error, json.JSONDecodeError) else ""
+            what = where + getattr(error, "msg", str(error))
             if re.match(r"\s*[\[{(]+\s*('|\))", value):
                 what = "not JSON but Python's repr"
             raise RowError(

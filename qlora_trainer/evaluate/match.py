@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from qlora_trainer.system.untrusted import parse_json
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Answer:
     def json_equal(self) -> bool:
         """Both are JSON and hold the same value: key order and spacing are free, `1` is not `"1"`."""
         try:
-            return _typed(json.loads(self.text)) == _typed(json.loads(self.question.reference))
-        except json.JSONDecodeError:
+            return _typed(parse_json(self.text)) == _typed(parse_json(self.question.reference))
+        except ValueError:
             return False
 
 
@@ -79,8 +80,8 @@ def match(questions: Sequence[Question], texts: Sequence[str]) -> MatchScore:
 
 def _is_json(text: str) -> bool:
     try:
-        return isinstance(json.loads(text), dict | list)
-    except json.JSONDecodeError:
+        return isinstance(parse_json(text), dict | list)
+    except ValueError:
         return False
 
 

@@ -27,7 +27,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from qlora_trainer.export import snippet
 from qlora_trainer.export.card import Card, licence_files, licence_of, render
 from qlora_trainer.export.source import Rows
-from qlora_trainer.inference.load import ADAPTER_WEIGHTS, TRAINED_WITH, dtype_name
+from qlora_trainer.inference.load import ADAPTER_WEIGHTS, dtype_name
+from qlora_trainer.inference.records import TRAINED_WITH
 from qlora_trainer.inference.stop import pad_id, stop_ids
 from qlora_trainer.model.fingerprint import base_fingerprint
 from qlora_trainer.model.linears import quantized_share

@@ -16,6 +16,7 @@ import yaml
 
 from qlora_trainer.system import redact
 
+LONGEST_LICENCE = 1 << 20  # bytes of a licence, and of what is read of a card
 _TABLE = ("<!-- measured: begin -->", "<!-- measured: end -->")
 
 
@@ -115,7 +116,8 @@ def licence_of(base: Path) -> str | None:
     card = base / "README.md"
     if not card.is_file():
         return None
-    text = card.read_text(encoding="utf-8", errors="replace")
+    with card.open(encoding="utf-8", errors="replace") as stream:
+        text = stream.read(LONGEST_LICENCE)
     found = re.search(r"^license:\s*(\S+)\s*$", text, re.MULTILINE)
     return found.group(1) if found else None
 
@@ -123,7 +125,8 @@ def licence_of(base: Path) -> str | None:
 def licence_files(base: Path) -> list[Path]:
     """Licence texts beside the base model, to travel with what is made from it."""
     wanted = ("license", "licence", "notice", "use_policy", "usage_policy")
-    return sorted(path for path in base.glob("*") if path.is_file() and path.name.lower().startswith(wanted))
+    found = (path for path in base.glob("*") if path.name.lower().startswith(wanted) and path.is_file())
+    return sorted(path for path in found if path.stat().st_size < LONGEST_LICENCE)
 
 
 def _measured(table: str) -> list[str]:

@@ -23,13 +23,8 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from qlora_trainer.errors import CheckpointError, ConfigError
-from qlora_trainer.inference.load import (
-    ADAPTER_CONFIG,
-    ADAPTER_PREFIX,
-    ADAPTER_WEIGHTS,
-    open_adapter,
-    read_json,
-)
+from qlora_trainer.inference.load import ADAPTER_PREFIX, ADAPTER_WEIGHTS, open_adapter
+from qlora_trainer.inference.records import adapter_config
 from qlora_trainer.model import residual
 
 # Settings of LoraConfig under which a layer computes something that no single weight expresses.
@@ -142,7 +137,7 @@ def read_updates(adapter: Path) -> Updates:
         ConfigError: a kind of adapter that cannot be merged, by name.
         CheckpointError: unreadable, or tensors we do not know.
     """
-    config = read_json(adapter / ADAPTER_CONFIG)
+    config = adapter_config(adapter)
     _refuse(config, adapter)
     init = config.get("init_lora_weights")
     reader = open_adapter(adapter)

@@ -25,7 +25,8 @@ from qlora_trainer.export.merge import Merge, Progress
 from qlora_trainer.export.quantize import METHODS, quantize
 from qlora_trainer.export.shards import narrow
 from qlora_trainer.export.source import ExportOptions, Source
-from qlora_trainer.inference.load import ADAPTER_WEIGHTS, check_base, read_json
+from qlora_trainer.inference.load import ADAPTER_WEIGHTS, check_base
+from qlora_trainer.inference.records import read_json
 from qlora_trainer.system import redact
 from qlora_trainer.system.disk import publish_folder, require_space, write_json, write_text
 

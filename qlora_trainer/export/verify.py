@@ -54,7 +54,8 @@ from qlora_trainer.export.fingerprint import sha256, size_on_disk
 from qlora_trainer.export.judge import AGAIN, BOUNDS, Failure, judge, nats
 from qlora_trainer.export.record import RESULT, store
 from qlora_trainer.export.worker_log import last_line
-from qlora_trainer.inference.load import ADAPTER_WEIGHTS, read_json
+from qlora_trainer.inference.load import ADAPTER_WEIGHTS
+from qlora_trainer.inference.records import read_json
 from qlora_trainer.system.disk import write_text
 
 CONVERSATION = [

@@ -6,27 +6,32 @@ evaluation mode and the tokenizer whose template it was trained with.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import peft
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_trainer.errors import CheckpointError, ConfigError, MissingInputError
+from qlora_trainer.inference.records import ADAPTER_CONFIG, adapter_config, training_record
 from qlora_trainer.model import residual
-from qlora_trainer.model.files import KEY
+from qlora_trainer.model.files import KEY, check_generation_config
 from qlora_trainer.model.fingerprint import base_fingerprint
-from qlora_trainer.model.load import DTYPES, BaseOptions, load_base, load_tokenizer, pick_device, pick_dtype
+from qlora_trainer.model.load import (
+    DTYPES,
+    BaseOptions,
+    load_base,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    read_tokenizer,
+)
 from qlora_trainer.model.shards import ShardReader
 from qlora_trainer.model.skeleton import read_configuration
 from qlora_trainer.model.source import resolve
 
-TRAINED_WITH = "training.json"  # beside the adapter: how its base was held while it learned
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_PREFIX = "base_model.model."  # of every tensor's name in it
 
@@ -78,7 +83,7 @@ def trained_base(
     Raises:
         ConfigError: neither the adapter nor `base` names a base model.
     """
-    config, trained = read_json(adapter / ADAPTER_CONFIG), training_record(adapter)
+    config, trained = adapter_config(adapter), training_record(adapter)
     stored = config.get("base_model_name_or_path")
     name = base or trained.get("model_name_or_path") or stored
     if not name:
@@ -100,11 +105,6 @@ def trained_base(
         dtype=DTYPES[trained["dtype"]],
         compute_dtype=DTYPES[trained["compute_dtype"]],
     )
-
-
-def training_record(adapter: Path) -> dict[str, Any]:
-    """What training.json says of how the base was held; empty for an adapter that is not ours."""
-    return read_json(adapter / TRAINED_WITH) if (adapter / TRAINED_WITH).is_file() else {}
 
 
 def check_base(adapter: Path, source: str, revision: str | None) -> None:
@@ -176,8 +176,7 @@ def load_base_alone(folder: str | Path, base: str | None = None, device: str = "
 def load_adapter_tokenizer(adapter: Path, options: BaseOptions) -> PreTrainedTokenizerBase:
     """The tokenizer stored with the adapter, or its base's where there is none."""
     if (adapter / "tokenizer_config.json").is_file():
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(adapter)
-        return tokenizer
+        return read_tokenizer(str(adapter))
     return load_tokenizer(options.name_or_path, options.revision)
 
 
@@ -188,7 +187,7 @@ def put_adapter(model: PreTrainedModel, adapter: Path) -> peft.PeftModel:
         CheckpointError: unreadable, or tensors of other shapes than this base asks for.
         ConfigError: an adapter whose base was changed in a way that cannot be computed again.
     """
-    residual.check_foreign(read_json(adapter / ADAPTER_CONFIG), adapter)
+    residual.check_foreign(adapter_config(adapter), adapter)
     open_adapter(adapter)  # that they are there
     fit_embeddings(model, adapter)
     try:
@@ -207,6 +206,9 @@ def put_adapter(model: PreTrainedModel, adapter: Path) -> peft.PeftModel:
         raise CheckpointError(
             f"{adapter}: this adapter belongs to another base than {model.name_or_path}: {misfit}"
         ) from error
+    except Exception as error:  # whatever PEFT falls over, of an adapter_config.json that it takes as it is
+        text = f"{type(error).__name__}: {_first_line(error)}"
+        raise CheckpointError(f"{adapter}: cannot read the adapter: {text}") from error
     stored = {key: slot.dtype for key, slot in open_adapter(adapter).slots.items()}
     for name, parameter in tuned.named_parameters():
         key = name.replace(".modules_to_save.default", "").replace(".default", "")
@@ -258,6 +260,7 @@ def adapter_stops(
     """The stop tokens stored with the adapter, or else those of its base in `source`, and the template's."""
     from qlora_trainer.inference.stop import stop_ids
 
+    check_generation_config(adapter)
     own = adapter / "generation_config.json"
     defaults = GenerationConfig.from_pretrained(adapter) if own.is_file() else base_defaults(source, revision)
     return stop_ids(tokenizer, defaults)
@@ -269,23 +272,6 @@ def base_defaults(source: str, revision: str | None) -> GenerationConfig:
         return GenerationConfig.from_pretrained(source, revision=revision)
     except OSError:
         return GenerationConfig.from_model_config(read_configuration(source, revision))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from disk.
-
-    Raises:
-        CheckpointError: unreadable or not a JSON object.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); copy the folder again") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: not a JSON object; copy the folder again")
-    return found
 
 
 def dtype_name(dtype: torch.dtype) -> str:

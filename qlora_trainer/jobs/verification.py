@@ -25,8 +25,8 @@ from qlora_trainer.inference.load import (
     find_adapter,
     load_adapter_tokenizer,
     trained_base,
-    training_record,
 )
+from qlora_trainer.inference.records import training_record
 from qlora_trainer.inference.stop import pad_id, stop_ids
 from qlora_trainer.jobs import page, wiring
 from qlora_trainer.jobs.wiring import run_folder

@@ -8,7 +8,6 @@ cache go by, in the order of transformers: `model.safetensors`, else the shards 
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 from collections.abc import Iterator, Mapping
@@ -16,16 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from qlora_trainer.errors import MissingInputError
+from qlora_trainer.system.untrusted import parse_json
 
-CONFIG = "config.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # as save_pretrained names them
 KEY = "model.model_name_or_path"
 
 # A config.json with sizes that no model has makes libraries build for ever. Of what they make one by one
 # there may be this many, or as many as the files hold tensors.
 COUNTS = {"layer": 1024, "expert": 1 << 16, "num_labels": 1 << 16}
+LARGEST_FILE = 16 << 20  # bytes of a config; they have kilobytes
 LARGEST = 1 << 24  # of a side: rows of an embedding, width of a layer, heads
+LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _SIDE = re.compile(r"size|dim|d_model|embd|inner|heads|width|rank|channels|state|hidden|vocab")
+_LONG_NUMBER = re.compile(rb'"(?!max_length|stride)[^"]{0,500}":\s*(\d{8,})')
 
 
 def weights_in(folder: Path) -> dict[Path, list[str]]:
@@ -59,8 +62,8 @@ def read_index(path: Path) -> dict[str, str]:
         MissingInputError: it is not an index, or names a file elsewhere, or one that is no safetensors file.
     """
     try:
-        index = json.loads(path.read_bytes())["weight_map"].items()
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        index = parse_json(path.read_bytes())["weight_map"].items()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise MissingInputError(f"{KEY}: {path}: not an index of shards ({error}); copy it again") from error
     files = {str(name): str(file) for name, file in index}
     for file in sorted(set(files.values())):
@@ -100,17 +103,20 @@ def read_config_file(path: Path) -> dict[str, Any]:
     """A `config.json` as a dict.
 
     Raises:
-        MissingInputError: it is not JSON, or asks for sizes that the weights beside it cannot have.
+        MissingInputError: it is not JSON, names code on the hub, or asks for sizes that the weights beside it
+            cannot have.
     """
-    try:
-        config = json.loads(path.read_bytes())
-    except OSError as error:
-        raise MissingInputError(f"{KEY}: {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise MissingInputError(f"{KEY}: {path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise MissingInputError(f"{KEY}: {path} is not a JSON object; copy it again")
-    for key, number in _numbers(config):
+    config = _read_object(path)
+    for key, number in _leaves(config):
+        if key.endswith("attn_implementation") and "/" in str(number):
+            raise MissingInputError(
+                f"{KEY}: {path}: {key}={number} is a kernel of the hub: no code is run that a model brings; "
+                "take it out and choose model.attn_implementation"
+            )
+        if not isinstance(number, int | float) or isinstance(number, bool):
+            continue
+        if key in LAYERS and number < 1:
+            raise MissingInputError(f"{KEY}: {path}: {key}={_shown(number)}; a model has one or more")
         most = next((most for word, most in COUNTS.items() if word in key), None)
         if most is not None and number > most and number > (held := _tensors(path.parent)):
             beside = f", and the weights beside it are {held:,} tensors" * (held > 0)
@@ -124,15 +130,58 @@ def read_config_file(path: Path) -> dict[str, Any]:
     return config
 
 
-def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Every number in a config and in the configs inside it, with its key."""
-    waiting: list[Mapping[str, Any]] = [config]
+def check_generation_config(folder: Path) -> None:
+    """Raises MissingInputError for a generation_config.json whose stop tokens are none, if there is one."""
+    path = folder / GENERATION
+    if not path.is_file():
+        return
+    stops = _read_object(path).get("eos_token_id")
+    for token in stops if isinstance(stops, list) else [stops]:
+        if token is not None and (not isinstance(token, int) or not 0 <= token < LARGEST):
+            raise MissingInputError(f"{KEY}: {path}: eos_token_id={token!r:.40} is no token; copy it again")
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raises MissingInputError for a tokenizer.json with token ids that no vocabulary has, if there is one.
+
+    Libraries make room for every id up to the largest. Looked for as text: parsing takes half a second.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return
+    for found in _LONG_NUMBER.finditer(path.read_bytes()):
+        if int(found[1][:20]) > LARGEST:
+            raise MissingInputError(
+                f"{KEY}: {path}: a token has the id {found[1][:20].decode()}: no vocabulary is that large"
+            )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise ValueError(f"of more than {LARGEST_FILE >> 20} MiB")
+        value = parse_json(path.read_bytes())
+    except OSError as error:
+        raise MissingInputError(f"{KEY}: {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise MissingInputError(f"{KEY}: {path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise MissingInputError(f"{KEY}: {path} is not a JSON object; copy it again")
+    return value
+
+
+def _leaves(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every value in a config and in the configs inside it that is no object, with its key."""
+    waiting: list[tuple[str, Mapping[str, Any]]] = [("", config)]
     while waiting:
-        for key, value in waiting.pop().items():
+        outer, inner = waiting.pop()
+        for key, value in inner.items():
+            # `attn_implementation` may be an object: for each part of a model
+            name = outer if outer.endswith("attn_implementation") else str(key)
             if isinstance(value, Mapping):
-                waiting.append(value)
-            elif isinstance(value, int | float) and not isinstance(value, bool):
-                yield str(key), value
+                waiting.append((name, value))
+            else:
+                yield name, value
 
 
 def _shown(number: float) -> str:
@@ -147,7 +196,7 @@ def _tensors(folder: Path) -> int:
     try:
         with (folder / SINGLE).open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, (folder / SINGLE).stat().st_size)))
+            header = parse_json(file.read(min(length, (folder / SINGLE).stat().st_size)))
         return len(header.keys() - {"__metadata__"})
-    except (OSError, ValueError, AttributeError, RecursionError, struct.error):
+    except (OSError, ValueError, AttributeError, struct.error):
         return 0  # loading says what is wrong with it

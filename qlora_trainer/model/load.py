@@ -28,7 +28,7 @@ from transformers import (
 from qlora_trainer.errors import CheckpointError, ConfigError, MissingInputError
 from qlora_trainer.model.assemble import assemble
 from qlora_trainer.model.cache import KeptBase
-from qlora_trainer.model.files import KEY, strays
+from qlora_trainer.model.files import KEY, check_tokenizer, strays
 from qlora_trainer.model.shards import stored_tensors
 from qlora_trainer.model.skeleton import first_line, read_configuration, stored_method
 from qlora_trainer.model.source import read_config, resolve, weight_files
@@ -106,14 +106,7 @@ def load_tokenizer(
         MissingInputError: the folder or hub model carries none that transformers can read.
     """
     source = resolve(name_or_path, revision)
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source, revision=revision, trust_remote_code=False
-        )
-    except Exception as error:  # what `tokenizers` raises for a broken file is of no narrower class
-        raise MissingInputError(
-            f"{KEY}: no tokenizer can be read from {source}: {first_line(error)}"
-        ) from error
+    tokenizer = read_tokenizer(source, revision)
     config = read_config(name_or_path, revision)
     rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
@@ -125,6 +118,21 @@ def load_tokenizer(
         )
         tokenizer.pad_token = other
     return tokenizer
+
+
+def read_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder, or of a hub model, as it is.
+
+    Raises:
+        MissingInputError: there is none that transformers can read.
+    """
+    check_tokenizer(Path(source))
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except Exception as error:  # what `tokenizers` raises for a broken file is of no narrower class
+        raise MissingInputError(
+            f"{KEY}: no tokenizer can be read from {source}: {first_line(error)}"
+        ) from error
 
 
 def load_base(

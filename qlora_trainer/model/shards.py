@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import json
 import math
 import struct
 import threading
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.errors import CheckpointError
+from qlora_trainer.system.untrusted import parse_json
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -72,7 +72,7 @@ class ShardReader:
                 (length,) = struct.unpack("<Q", file.read(8))
                 if length > size - 8:
                     raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
-                header: dict[str, Any] = dict(json.loads(file.read(length)))
+                header: dict[str, Any] = dict(parse_json(file.read(length)))
             header.pop("__metadata__", None)
             self.slots = {name: _slot(name, entry, 8 + length) for name, entry in header.items()}
         except (OSError, ValueError, TypeError, KeyError, struct.error) as error:

@@ -13,6 +13,7 @@ from qlora_trainer.model.files import (
     INDEX,
     KEY,
     SINGLE,
+    check_generation_config,
     read_config_file,
     read_index,
     refuse_links_out,
@@ -27,6 +28,7 @@ def resolve(name_or_path: str, revision: str | None = None) -> str:
     """Returns what transformers' `from_pretrained` takes: a folder's absolute path, or a reachable hub name.
 
     Raises:
+        ConfigError: the name is what a file has of one that held a secret.
         MissingInputError: the folder does not exist or is not a model, or `files` refuses what is in it;
             the hub has no such model or cannot be reached and the model is not in the local cache.
         ConfigError: it is what a file has of a path that held a secret.
@@ -42,6 +44,7 @@ def resolve(name_or_path: str, revision: str | None = None) -> str:
             raise MissingInputError(f"{KEY}: {folder} is not a model folder (no {CONFIG} in it)")
         refuse_links_out(folder)
         read_config_file(folder / CONFIG)
+        check_generation_config(folder)
         return str(folder)
     # A hub name is `name` or `owner/name`; anything else that is not there was meant as a path.
     if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1 or folder.exists():

@@ -6,7 +6,6 @@ is empty too and named in `problems`: the page says what it could not show, and 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -16,6 +15,7 @@ from typing import Any
 import yaml
 
 from qlora_trainer.system.redact import Redactor
+from qlora_trainer.system.untrusted import parse_json, parse_yaml
 from qlora_trainer.track.report_series import Series
 
 LARGEST = 32 << 20  # bytes of a JSON file that is still read; ours have kilobytes
@@ -64,7 +64,7 @@ def read_run(folder: Path) -> RunFiles:
     return RunFiles(
         name=reader.redactor.text(folder.resolve().name),
         folder=reader.redactor.text(str(folder)),
-        config=reader.document("config.yaml", yaml.safe_load),
+        config=reader.document("config.yaml", parse_yaml),
         plan=reader.document("plan.json"),
         status=reader.document("status.json"),
         evaluation=reader.document("evaluation.json"),
@@ -83,7 +83,7 @@ class _Reader:
         self.redactor = Redactor()
         self.problems: list[str] = []
 
-    def document(self, name: str, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
+    def document(self, name: str, parse: Callable[[str], Any] = parse_json) -> dict[str, Any]:
         path = self.folder / name
         try:
             if not path.is_file():
@@ -91,7 +91,7 @@ class _Reader:
             if path.stat().st_size > LARGEST:
                 raise ValueError(f"larger than {LARGEST >> 20} MiB")
             content = self.redactor.tree(parse(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        except (OSError, ValueError, yaml.YAMLError) as error:
             self._not_read(name, error)
             return {}
         if not isinstance(content, dict):

@@ -12,7 +12,8 @@ from qlora_trainer.export.adapter import TrainedOn, export_adapter
 from qlora_trainer.export.formats import FORMATS
 from qlora_trainer.export.quantize import QuantizeOptions, quantize
 from qlora_trainer.export.verify import verify
-from qlora_trainer.inference.load import load, read_json
+from qlora_trainer.inference.load import load
+from qlora_trainer.inference.records import read_json
 from qlora_trainer.model.forward import ReferenceForward
 from qlora_trainer.model.load import BaseOptions, load_base
 from qlora_trainer.model.lora import LoraOptions, attach

@@ -17,7 +17,7 @@ from qlora_trainer.export.judge import BOUNDS, judge, nats
 from qlora_trainer.export.merge import Merge
 from qlora_trainer.export.source import ExportOptions, Source
 from qlora_trainer.export.verify import Sample, Yardstick, markdown, run_probe, verify
-from qlora_trainer.inference.load import read_json
+from qlora_trainer.inference.records import read_json
 from qlora_trainer.model.load import load_base
 from qlora_trainer.model.lora import LoraOptions
 from tests.export import runs

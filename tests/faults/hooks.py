@@ -26,11 +26,13 @@ import qlora_trainer.commands.train as train_command
 from qlora_trainer.checkpoint import rng
 from qlora_trainer.checkpoint.format import Checkpoint
 from qlora_trainer.data import Loader
+from qlora_trainer.export import verify
 from qlora_trainer.optim.adamw import AdamW
 from qlora_trainer.track.jsonl import JsonlTracker
 from qlora_trainer.train import loop
 from qlora_trainer.train.signals import StopSignals
 from qlora_trainer.train.state import RunState
+from tests.export import runs
 
 CLONE_NEWNET = 0x40000000  # linux/sched.h
 
@@ -276,3 +278,8 @@ def mutant_adapter_initialised_again() -> None:
 
 MUTANTS = sorted(name for name in list(globals()) if name.startswith("mutant_"))
 SIGTERM, SIGUSR1, SIGKILL = signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL
+
+
+def probe_here() -> None:
+    """Measures exports in this process: starting another takes seconds, most of them for importing torch."""
+    verify.run_probe = runs.probe_here
