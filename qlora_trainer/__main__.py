@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from textwrap import indent
 
 from qlora_trainer import __version__, commands
 from qlora_trainer.errors import ConfigError, PreemptedError, explained
@@ -216,10 +217,10 @@ def _say(text: str, verbose: bool) -> None:
     from qlora_trainer.system.terminal import printable  # it imports rich
 
     if verbose:
-        print(printable(traceback.format_exc()), end="", file=sys.stderr)
+        print(indent(printable(traceback.format_exc()), "  "), end="", file=sys.stderr)
     rank = f"[rank {_rank()}] " if _rank() else ""
-    first, *more = printable(text).split("\n")
     # Indented, so that a name with a line break in it begins no line of the log.
+    first, *more = printable(text).split("\n")
     rest = "".join(f"\n{line}" if line.startswith("  ") else f"\n  {line}" for line in more)
     print(f"{rank}error: {first}{rest}", file=sys.stderr, flush=True)
 

@@ -42,7 +42,7 @@ class Place(Enum):
             return value
         path = Path(value).expanduser()
         plain = self is not Place.IF_PLAIN or "/" in value or bool(path.suffix)
-        if self is Place.ALWAYS or (plain and path.exists()):
+        if self is Place.ALWAYS or (plain and os.path.exists(path)):
             return os.path.abspath(path)
         return str(path) if value.startswith("~") else value
 
@@ -94,7 +94,7 @@ def _of_hub(value: Any) -> bool:
         return any(map(_of_hub, value))
     if isinstance(value, dict):
         return _of_hub(value.get("path"))
-    return value is not None and ":" not in value and not Path(value).expanduser().exists()
+    return value is not None and ":" not in value and not os.path.exists(Path(value).expanduser())
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from qlora_trainer.config.schema import FACTS
 from qlora_trainer.system.untrusted import hidden_characters
 
 TEXT = "chat.system"  # may have lines
-PATHS = ("_dir", "path", "run", "template", "adapter", "calibration", "_text", "_checkpoint")  # ends of keys
+PATHS = {"output_dir", "run", *(key for key, facts in FACTS.items() if facts.place is not None)}
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes; limits.h
 
 
@@ -22,7 +23,7 @@ def problems(flat: Mapping[str, Any]) -> Iterator[str]:
         for text in _texts(value):
             if hidden := hidden_characters(text.translate({10: None, 9: None}) if key == TEXT else text):
                 yield f"{key}: {text[:80]!r} holds control characters or no UTF-8 ({hidden}); leave them out"
-            elif key.endswith(PATHS) and _too_long(text):
+            elif key in PATHS and _too_long(text):
                 yield f"{key}: {text[:80]}… is too long for a path, of which each part has at most 255 bytes"
 
 

@@ -129,8 +129,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{shown(path)}:{line}: broken YAML: {_one_line(error.problem)}") from error
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{shown(path)}: not a recipe: {_one_line(error)}") from error
+    except ValueError as error:
+        raise ConfigError(f"{shown(path)}: not a recipe: {untrusted.few_words(error)}") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ConfigError(f"{shown(path)}: not a recipe: sections with keys (lora: {{r: 16}}) are expected")
     return content, lines  # type: ignore[return-value]

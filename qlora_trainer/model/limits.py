@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_trainer.model.skeleton import read_configuration, skeleton
+from qlora_trainer.model.skeleton import read_configuration, skeleton, text_config
 
 _OFFSET = 8  # rows that a table may have beyond its positions (OPT: 2)
 
@@ -57,7 +57,7 @@ def limits_in(source: str, revision: str | None = None) -> Limits:
     Raises:
         MissingInputError: transformers cannot build it.
     """
-    return limits_of(skeleton(read_configuration(source, revision).get_text_config(decoder=True)))
+    return limits_of(skeleton(text_config(read_configuration(source, revision))))
 
 
 def _embedding(model: Any) -> nn.Module | None:

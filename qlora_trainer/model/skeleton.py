@@ -71,6 +71,18 @@ def read_configuration(
     return config
 
 
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of the language model in a model: itself, but in one that also sees or hears.
+
+    Raises:
+        MissingInputError: a model inside one that has none.
+    """
+    text = config.get_text_config(decoder=True)
+    if not isinstance(text, PreTrainedConfig):
+        raise MissingInputError(f"{KEY}: config.json has a model inside a {config.model_type}; copy it again")
+    return text
+
+
 def stored_method(config: PreTrainedConfig) -> str | None:
     """How a checkpoint says that it is stored, as in `quantization.method`: nf4 | fp4 | int8 | gptq | awq | …
 

@@ -32,7 +32,7 @@ def parse_json(text: str | bytes) -> Any:
     except json.JSONDecodeError:
         raise
     except ValueError as error:  # UnicodeDecodeError, or Python's limit on the digits of a number
-        raise ValueError(_without_advice(error)) from error
+        raise ValueError(few_words(error)) from error
     brackets = "[{" if isinstance(text, str) else b"[{"
     if text.count(brackets[:1]) + text.count(brackets[1:]) > DEEPEST:  # type: ignore[arg-type]
         check_depth(value)
@@ -96,7 +96,7 @@ def parse_yaml(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except ValueError as error:
-        raise ValueError(_without_advice(error)) from error
+        raise ValueError(few_words(error)) from error
 
 
 def hidden_characters(name: str) -> str:
@@ -107,6 +107,7 @@ def hidden_characters(name: str) -> str:
     return " ".join(ascii(found)[1:-1] for found in dict.fromkeys(_CONTROLS.findall(name)))
 
 
-def _without_advice(error: ValueError) -> str:
-    text = str(error)
+def few_words(error: ValueError) -> str:
+    """What a parser says, without Python's advice to raise its limit on the digits of a number."""
+    text = " ".join(str(error).split())
     return "a number of thousands of digits" if "set_int_max_str_digits" in text else text

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_trainer.errors import ConfigError
-from qlora_trainer.system.redact import Redactor
+from qlora_trainer.system import redact
+from qlora_trainer.system.disk import write_text
 from qlora_trainer.system.terminal import console
 
 INIT_SECONDS = 20
@@ -31,8 +32,7 @@ class WandbTracker:
             from wandb.sdk.mailbox import HandleAbandonedError
         except ImportError as error:
             raise ConfigError("track.report_to=[wandb] needs `pip install wandb`") from error
-        self._wandb = wandb
-        redactor = Redactor()
+        self._wandb, self._folder = wandb, folder
         self._gone = (wandb.Error, HandleAbandonedError, OSError, TimeoutError)
         self._records: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._options = {
@@ -47,7 +47,7 @@ class WandbTracker:
                 disable_git=True,
                 save_code=False,
                 console="off",  # it would take what is printed before secrets are masked
-                x_disable_meta=any(redactor.text(argument) != argument for argument in sys.argv),
+                x_disable_meta=any(redact.text(argument) != argument for argument in sys.argv),
             ),
         }
         self._closed = False
@@ -64,6 +64,13 @@ class WandbTracker:
         if self._thread.is_alive():
             console.print("wandb did not finish in time; metrics.jsonl has every step", style="yellow")
 
+    def _mask_logs(self) -> None:
+        """W&B's own logs name the run's folder, whatever is in its name."""
+        for log in (self._folder / "wandb").glob("*/logs/*.log"):
+            text = log.read_text(encoding="utf-8", errors="replace")
+            if redact.text(text) != text:
+                write_text(log, text, durable=False)
+
     def _work(self) -> None:
         try:
             run = self._wandb.init(**self._options)
@@ -71,6 +78,7 @@ class WandbTracker:
                 record = dict(record)
                 run.log(record, step=record.pop("step"))
             run.finish()
+            self._mask_logs()
         except self._gone as error:
             if self._closed:
                 return  # it has been said that W&B did not finish

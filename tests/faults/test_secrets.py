@@ -65,7 +65,8 @@ def test_no_command_writes_a_secret_anywhere(scene: Scene, tmp_path: Path) -> No
     good = {"messages": [{"role": "user", "content": f"my token is {IN_ROW}"}]}
     good["messages"].append({"role": "assistant", "content": "blue"})
     bad = {"messages": [{"role": IN_LINE, "content": "red"}]}
-    for file, rows in ((data / f"{IN_LINE}.jsonl", [*[good] * 12, bad]), (held_out, [good] * 2)):
+    other = {"messages": [{"role": "user", "content": f"and mine {IN_ROW}"}, good["messages"][1]]}
+    for file, rows in ((data / f"{IN_LINE}.jsonl", [*[good] * 12, bad]), (held_out, [other] * 2)):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -86,7 +87,6 @@ def test_no_command_writes_a_secret_anywhere(scene: Scene, tmp_path: Path) -> No
         "evaluate.enabled": "true",
         "evaluate.task": "exact_match",
         "evaluate.max_new_tokens": 2,
-        "chat.max_new_tokens": 1,
         "export.verify_questions": 1,
     }
     again = [f"{key}={value}" for key, value in where.items()]
@@ -97,16 +97,11 @@ def test_no_command_writes_a_secret_anywhere(scene: Scene, tmp_path: Path) -> No
         return started.text()
 
     line = [f"{key}={value}" for key, value in keys.items()]
-    said = command("plan", *line)
-    said += command("inspect", *line)
+    said = command("inspect", *line)
     said += command("train", *line)
     said += command("train", *line)  # resumes, and finds its own folder again
     said += command("evaluate", f"run={run}", *again)
-    said += command(
-        "export", f"run={run}", "format=[adapter,merged,nf4,gguf]", "export.gguf_type=f16", *again
-    )
-    said += command("verify", f"run={run}", *again)
-    said += command("chat", f"run={run}", again[0])
+    said += command("export", f"run={run}", "format=[adapter,gguf]", "export.gguf_type=f16", *again)
     said += command("report", f"run={run}")
     made = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     for file in ("config.yaml", "report.html", "inspect.html", "evaluation.json", "adapter/README.md"):
@@ -127,7 +122,7 @@ def test_the_command_and_the_settings_are_told_without_their_secrets(scene: Scen
     assert f"output_dir={run} " in scene.status("told")["command"] + " "
     assert "track.project=***" in scene.status("told")["command"]
     assert "project: '***'" in (run / "adapter" / "README.md").read_text()
-    assert leaks(scene, run, text=text) == []
+    assert leaks(run, text=text) == []
 
 
 def test_a_secret_is_masked_before_it_is_quoted_and_again_when_it_is_written(
