@@ -59,12 +59,14 @@ class Architecture:
         """The configuration as transformers reads it; None where it has no such `model_type`."""
         from transformers import CONFIG_MAPPING
 
-        from qlora_trainer.model.skeleton import config_errors, read_configuration
+        from qlora_trainer.model.skeleton import config_errors, read_configuration, text_config
 
         if self.config.get("model_type") not in CONFIG_MAPPING:
             return None
         if self.folder is not None and (self.folder / "config.json").is_file():
-            return read_configuration(str(self.folder))
+            found = read_configuration(str(self.folder))
+            text_config(found)  # refuses a model inside one that has none, which building it would trip over
+            return found
         plain = {name: value for name, value in self.config.items() if name != "auto_map"}
         kind = CONFIG_MAPPING[plain.pop("model_type")]
         with config_errors(kind.model_type):

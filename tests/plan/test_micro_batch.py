@@ -131,7 +131,7 @@ def test_a_resumed_run_keeps_its_micro_batch(tmp_path, line, monkeypatch, capsys
     assert (resumed / adapter).read_bytes() == (whole / adapter).read_bytes()
     other = ["train.per_device_train_batch_size=auto", "train.gradient_accumulation_steps=8"]
     assert main([*line, *other, f"output_dir={resumed}"]) == 2
-    assert "train.gradient_accumulation_steps was 4 and is now 8" in capsys.readouterr().err
+    assert "train.gradient_accumulation_steps was 2 and is now 4" in capsys.readouterr().err
 
 
 def test_plan_and_inspect_take_auto(tmp_path, line, monkeypatch, capsys) -> None:
