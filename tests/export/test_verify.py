@@ -4,12 +4,14 @@ import json
 import shutil
 from dataclasses import replace
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_trainer.errors import CheckpointError, ConfigError
 from qlora_trainer.evaluate.match import Question
+from qlora_trainer.export import probe
 from qlora_trainer.export.base import Base, Held
 from qlora_trainer.export.delta import read_updates
 from qlora_trainer.export.formats import Exporter
@@ -157,6 +159,20 @@ def test_the_base_alone_is_without_what_was_trained_whole(tmp_path, here):
     plain = load_base(run.options, runs.CPU)
     nll = [plain(input_ids=torch.tensor([ids]), labels=_labels(ids, m)).loss for ids, m in sample().rows]
     assert base.measured["perplexity"] == pytest.approx(float(torch.stack(nll).mean().exp()), rel=1e-4)
+
+
+def test_an_nf4_adapter_is_measured_on_the_base_it_learned_on_whatever_the_cpu_would_repack(tmp_path, here):
+    run = runs.make(tmp_path, scale=0.01)
+    verdict = verify(yardstick(run), {"adapter": exporter(run).export("adapter")}, sample())[-1]
+    assert verdict.passed and verdict.measured["max_logit_difference"] < 1e-3
+    request = {"kind": "adapter", "folder": str(run.adapter), "base": str(run.base), "device": "cpu"}
+    record = read_json(run.adapter / "training.json") | {"stored_quantized": False}
+    for kind, folder in (("adapter", run.adapter), ("nf4", exporter(run).export("nf4"))):
+        asked = request | {"kind": kind, "folder": str(folder), "dtype": "float32", "trained": record}
+        model, _ = probe._load(asked)
+        layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+        assert len(layers) == 14 and not any(layer.support_avx512bf16_for_cpu for layer in layers)
+        assert "support_avx512bf16_for_cpu = False" in (folder / "README.md").read_text()
 
 
 def _labels(ids, measured):
