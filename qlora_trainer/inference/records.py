@@ -16,12 +16,11 @@ import peft
 
 from qlora_trainer.errors import CheckpointError
 from qlora_trainer.model.load import DTYPES
-from qlora_trainer.system.untrusted import parse_json
+from qlora_trainer.system.untrusted import read_object
 
 TRAINED_WITH = "training.json"  # how the base was held while the adapter learned
 ADAPTER_CONFIG = "adapter_config.json"
 LARGEST_RANK = 1 << 16
-LARGEST_FILE = 16 << 20  # bytes
 METHODS = ("nf4", "fp4", "int8", "gptq", "awq", "none")
 # A repetition inside a repetition: matching it can take for ever.
 _NESTED_REPEAT = re.compile(r"[*+}][^()]*\)[*+{]")
@@ -124,16 +123,11 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: unreadable or not a JSON object.
     """
     try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise ValueError(f"larger than {LARGEST_FILE >> 20} MiB")
-        found = parse_json(path.read_bytes())
+        return read_object(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); copy the folder again") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: not a JSON object; copy the folder again")
-    return found
+        raise CheckpointError(f"{path}: {error}; copy the folder again") from error
 
 
 def _checked(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_trainer.errors import MissingInputError
-from qlora_trainer.system.untrusted import parse_json
+from qlora_trainer.system.untrusted import parse_json, read_object
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # as save_pretrained names them
@@ -24,7 +24,6 @@ KEY = "model.model_name_or_path"
 # A config.json with sizes that no model has makes libraries build for ever. Of what they make one by one
 # there may be this many, or as many as the files hold tensors.
 COUNTS = {"layer": 1024, "expert": 1 << 16, "num_labels": 1 << 16}
-LARGEST_FILE = 16 << 20  # bytes of a config; they have kilobytes
 LARGEST = 1 << 24  # of a side: rows of an embedding, width of a layer, heads
 LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _SIDE = re.compile(r"size|dim|d_model|embd|inner|heads|width|rank|channels|state|hidden|vocab")
@@ -158,16 +157,11 @@ def check_tokenizer(folder: Path) -> None:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise ValueError(f"of more than {LARGEST_FILE >> 20} MiB")
-        value = parse_json(path.read_bytes())
+        return read_object(path)
     except OSError as error:
         raise MissingInputError(f"{KEY}: {path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise MissingInputError(f"{KEY}: {path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise MissingInputError(f"{KEY}: {path} is not a JSON object; copy it again")
-    return value
+        raise MissingInputError(f"{KEY}: {path} is {error}; copy it again") from error
 
 
 def _leaves(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 DEEPEST = 100  # brackets inside brackets
+LARGEST_JSON = 16 << 20  # bytes of a file of settings; they have kilobytes
 LARGEST_YAML = 256 << 10  # characters; a run's whole configuration has six thousand
 MOST_NODES = 100_000  # of a YAML document with its aliases written out
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -37,6 +39,24 @@ def parse_json(text: str | bytes) -> Any:
     if text.count(brackets[:1]) + text.count(brackets[1:]) > DEEPEST:  # type: ignore[arg-type]
         check_depth(value)
     return value
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a small file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: larger than `LARGEST_JSON`, not JSON, or not an object.
+    """
+    if path.stat().st_size > LARGEST_JSON:
+        raise ValueError(f"larger than {LARGEST_JSON >> 20} MiB")
+    try:
+        found = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError("not a JSON object")
+    return found
 
 
 def check_depth(value: Any) -> None:
